@@ -1,0 +1,1714 @@
+"""genie_mini: how a playable world is learned from video with no action labels, in one file.
+
+Genie (Bruce et al. 2024, arXiv 2402.15391) watches videos and learns a world that you can play.
+Nobody tells it which button was pressed: it has to invent the buttons. Three models do it:
+
+    video tokenizer      turns each 64x64 frame into 16x16 symbols from a codebook of 32  (stage 1)
+    latent action model  looks at two frames and says, in 3 bits, what happened between   (stage 2)
+    dynamics model       given the symbols so far and an action, samples the next frame   (stage 2)
+
+Once trained, you supply the 3 bits. This file holds everything: the models, both training
+stages, evaluation and play. Read it from top to bottom; the order is the order of explanation.
+
+    python genie_mini.py train                          train on the demo world, no flags needed
+    python genie_mini.py eval  --run runs/laptop        measure it against honest baselines
+    python genie_mini.py play  --run runs/laptop --actions 1,1,4,4 --out roll.gif
+    python genie_mini.py bench --preset laptop          how fast is this machine at it
+
+Shape key, everywhere the same:
+    B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
+    D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
+
+Contents
+     1  Config and presets            7  Dynamics model (MaskGIT)
+     2  Data                          8  Genie: the three joined, and played
+     3  ST-attention, ST-transformer  9  Training, stages 1 and 2
+     4  Vector quantizer             10  Evaluation
+     5  Video tokenizer              11  Play
+     6  Latent action model          12  Bench      13  Command line
+
+Where this departs from the paper, a named switch in Config says so and why; the `full` preset
+turns every such switch off. README's "How this differs from Genie" lists them with their effect.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data_prep
+from data_prep import UserError
+
+VERSION = 1                     # of the checkpoint format
+SIZE = 64                       # frames are SIZE x SIZE pixels
+CLIP = 16                       # frames in a stored sequence
+
+# --------------------------------------------------------------------------------------------------
+# 1  Config and presets
+#
+# Problem: a world model has some fifty numbers to choose, and a reader wants to know the reason for
+# each. They all live here, one a line, with the reason beside it; `--help` prints the same reasons,
+# and every field is a flag of the same name. The defaults are the `full` preset: the card of this
+# project, that is Genie scaled down to 64x64 black-and-white video.
+# --------------------------------------------------------------------------------------------------
+
+
+def setting(default, why):
+    return field(default=default, metadata={"why": why})
+
+
+@dataclass
+class Config:
+    """Every choice in this file. Defaults are the `full` preset."""
+
+    preset: str = setting("full", "the preset that the other values started from")
+    seed: int = setting(0, "every random draw of a run follows from this number")
+    device: str = setting("auto", "auto, cpu, cuda or mps; auto takes the fastest there is")
+    precision: str = setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the"
+                                     " chip multiplies it faster")
+    # Video tokenizer (stage 1)
+    tok_patch: int = setting(4, "4x4 pixels a patch: 16x16 tokens a frame")
+    tok_dim: int = setting(256, "model width")
+    tok_heads: int = setting(4, "attention heads")
+    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder")
+    tok_window: int = setting(16, "frames that time attention reaches back over, itself included;"
+                                  " 1 = each frame alone (departure: faster, and a token then"
+                                  " means the same whatever came before)")
+    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary")
+    # Latent action model (stage 2)
+    lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail")
+    lam_dim: int = setting(256, "model width")
+    lam_heads: int = setting(4, "attention heads")
+    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder")
+    lam_window: int = setting(16, "frames that time attention reaches back over; 1 = the encoder"
+                                  " sees one step, the decoder the last frame (departure: less to"
+                                  " confuse the meaning of a code with)")
+    lam_input: str = setting("frames", "what the encoder sees: frames (paper) or diff, the frame"
+                                       " difference (departure: a code can then only mean motion)")
+    lam_roll: bool = setting(False, "train the encoder on a randomly rolled copy (departure: a"
+                                    " code can then not depend on the place)")
+    lam_pool: str = setting("mean", "patches to one action: mean, or attend, a learned softmax"
+                                    " (departure: few patches move, a mean dilutes them)")
+    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step")
+    # Dynamics model (stage 2)
+    dyn_dim: int = setting(256, "model width")
+    dyn_heads: int = setting(4, "attention heads")
+    dyn_layers: int = setting(6, "layers; the card names 6 and 4, we read the 4 as heads")
+    dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
+                               " costs a quarter; each token is still masked and sampled alone)")
+    mask_min: float = setting(0.5, "lowest masking rate; a sequence draws one in [mask_min, 1]")
+    clean_frames: float = setting(0.0, "share of frames left unmasked in training (departure: at"
+                                       " play the past is clean, in the paper's training never)")
+    # Shared by all models
+    neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
+                                           " (departure: motion is local, so learning is faster)")
+    latent_dim: int = setting(16, "width of a code vector, in both codebooks")
+    commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
+    codebook_decay: float = setting(0.99, "moving-average decay of the codebook")
+    dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps")
+    tok_unquantized: int = setting(100, "steps before the tokenizer's quantizer is switched on:"
+                                        " the k-means++ start needs encoder outputs that differ")
+    lam_unquantized: int = setting(0, "the same for the latent action model")
+    # Training
+    tok_steps: int = setting(50_000, "optimizer steps of stage 1")
+    dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
+    batch: int = setting(128, "sequences the optimizer sees a step")
+    micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same")
+    tok_frames: int = setting(16, "frames of each sequence that stage 1 trains on")
+    dyn_frames: int = setting(16, "frames of each sequence that stage 2 trains on")
+    lr: float = setting(3e-4, "peak learning rate")
+    min_lr: float = setting(3e-4, "learning rate at the end of the cosine; the card keeps it flat")
+    warmup: int = setting(2000, "steps of linear warm-up")
+    beta1: float = setting(0.9, "AdamW")
+    beta2: float = setting(0.9, "AdamW; lower than usual, as in Genie")
+    weight_decay: float = setting(1e-4, "AdamW")
+    grad_clip: float = setting(1.0, "gradient norm above which a step is scaled down; per model")
+    log_every: int = setting(50, "steps between log lines")
+    val_every: int = setting(1000, "steps between validations, pictures and checkpoints")
+    val_sequences: int = setting(64, "sequences in a validation during training")
+    # Sampling
+    maskgit_steps: int = setting(10, "passes in which a frame's tokens are decided")
+    temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest")
+    order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
+                                      " annealed to 0 (MaskGIT's code); large = random order")
+
+
+PRESETS = {
+    "full": {},
+    # A 2-core laptop, about half an hour. Narrow, shallow, and every departure that speeds learning.
+    "laptop": dict(
+        tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=2500,
+        lam_dim=128, lam_layers=2, lam_window=1, lam_input="diff", lam_roll=True,
+        lam_pool="attend", dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_frames=8, dyn_steps=4000,
+        clean_frames=0.5, neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4,
+        warmup=100, beta2=0.99, val_every=500),
+    # Everything in under a minute, for tests; it learns next to nothing.
+    "smoke": dict(
+        tok_dim=32, tok_heads=2, tok_layers=1, tok_window=2, tok_frames=4, tok_steps=60,
+        tok_unquantized=20, lam_dim=32, lam_heads=2, lam_layers=1, lam_window=2, dyn_dim=32,
+        dyn_heads=2, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60, batch=8, micro_batch=4,
+        lr=2e-3, min_lr=1e-3, warmup=10, log_every=20, val_every=30, val_sequences=8,
+        maskgit_steps=4),
+}
+
+
+def check_config(c):
+    """Raise UserError with one sentence when a Config cannot work."""
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        if f.type is float and not math.isfinite(value):
+            raise UserError(f"--{f.name} is {value}: give a finite number")
+        if f.type in (int, float) and value < 0:
+            raise UserError(f"--{f.name} is {value}: it cannot be negative")
+    at_least_one = ("tok_dim tok_heads tok_layers tok_window tok_codes lam_dim lam_heads lam_layers"
+                    " lam_window num_actions dyn_dim dyn_heads dyn_layers latent_dim dead_after"
+                    " batch micro_batch log_every val_every val_sequences maskgit_steps"
+                    " tok_patch lam_patch dyn_fold").split()
+    for name in at_least_one:
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} is {getattr(c, name)}: it must be at least 1")
+    for part in ("tok", "lam", "dyn"):
+        dim, heads = getattr(c, part + "_dim"), getattr(c, part + "_heads")
+        if dim % (4 * heads):
+            raise UserError(f"--{part}_dim {dim} must be a multiple of 4 x --{part}_heads {heads}"
+                            " (rotary positions turn pairs of channels, along two axes)")
+    for part in ("tok", "lam"):
+        if SIZE % getattr(c, part + "_patch"):
+            raise UserError(f"--{part}_patch must divide {SIZE}: 1, 2, 4, 8, 16 or 32")
+    if (SIZE // c.tok_patch) % c.dyn_fold:
+        raise UserError(f"--dyn_fold {c.dyn_fold} must divide the {SIZE // c.tok_patch} tokens of a"
+                        " row: try 1, 2 or 4")
+    choices = {"lam_input": ("frames", "diff"), "lam_pool": ("mean", "attend"),
+               "device": ("auto", "cpu", "cuda", "mps"), "preset": tuple(PRESETS),
+               "precision": ("auto", "float32", "bfloat16")}
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            raise UserError(f"--{name} is {getattr(c, name)!r}: choose {', '.join(allowed)}")
+    for name, low in (("tok_frames", 1), ("dyn_frames", 2)):
+        if not low <= getattr(c, name) <= CLIP:
+            raise UserError(f"--{name} is {getattr(c, name)}: from {low} to {CLIP} frames")
+    for name in ("mask_min", "clean_frames", "codebook_decay", "beta1", "beta2"):
+        if getattr(c, name) > 1 or (getattr(c, name) == 1 and name != "mask_min"):
+            raise UserError(f"--{name} is {getattr(c, name)}: a share, below 1")
+    if c.batch % min(c.batch, c.micro_batch):
+        raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 2  Data
+#
+# Problem: an hour of video is 6,750 sequences of 16 frames. As float32 they fill 1.8 GB; as the bits
+# they are, 55 MB. So the data stays packed in memory, one bit a pixel, and only a batch is unpacked.
+# And a run must be repeatable: which sequences step i sees follows from (seed, stage, i) alone, so a
+# resumed run sees just what an uninterrupted one would have.
+# --------------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers):
+    """A torch.Generator that depends on these whole numbers alone (never on global state)."""
+    state = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+class Sequences:
+    """One split of a data file: S sequences of 16 binary frames, packed.
+
+    bits (S, 16, 64, 8) uint8; start (S,) the 30 FPS index of the first frame; actions (S, 15) the
+    true actions, or None. Training never reads the actions. Raises UserError on a bad file.
+    """
+
+    def __init__(self, path, split):
+        loaded = data_prep.load_split(path, split)
+        self.bits, self.start, self.actions = loaded["bits"], loaded["start"], loaded["actions"]
+
+    def __len__(self):
+        return len(self.bits)
+
+    def frames(self, indices, first=0, length=CLIP):
+        """Sequences `indices` from frame `first`: (B, length, 64, 64) uint8 of 0 and 1."""
+        packed = self.bits[np.asarray(indices), first:first + length]
+        return torch.from_numpy(np.unpackbits(packed, axis=-1))
+
+    def batch(self, seed, stage, step, size, length):
+        """The batch of one training step, (size, length, 64, 64), drawn from (seed, stage, step).
+
+        Each epoch visits every sequence once in a fresh order; shorter clips start anywhere.
+        """
+        picks, at = [], step * size
+        while len(picks) < size:                          # a batch may straddle two epochs
+            epoch, offset = divmod(at + len(picks), len(self))
+            order = torch.randperm(len(self), generator=seeded(seed, stage, epoch))
+            picks += order[offset:offset + size - len(picks)].tolist()
+        late = CLIP - length
+        first = int(torch.randint(late + 1, (1,), generator=seeded(seed, stage, step, 1)))
+        return self.frames(picks, first, length)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3  ST-attention and the ST-transformer
+#
+# Problem: a clip has T x N = 16 x 256 = 4,096 patches, and full attention compares all pairs: 16.8
+# million. But most of what decides a patch is either elsewhere in the same frame or earlier at the
+# same place. So each block attends twice: over space (within a frame, N x N, T times) and over time
+# (at one place, T x T, N times), then mixes channels. The cost grows linearly with T, not with T^2
+# (Genie, section 2: the ST-transformer).
+#
+# Time attention is causal: frame t sees frames <= t only. That does two things. It lets one pass
+# train a prediction for every frame, and it makes play cheap: a past frame never changes while a new
+# one is being refined, so its keys and values can be kept (the cache below) instead of recomputed.
+# --------------------------------------------------------------------------------------------------
+
+
+def rotary_angles(positions, pairs):
+    """Angle of each channel pair at each position: (..., S) -> (..., S, pairs).
+
+    Rotary positions (Su et al. 2021): turn each pair of channels of q and k by position x frequency.
+    Then q . k depends on the *difference* of positions: what is learned at one place holds at every
+    place. Frequencies run from pi (tells neighbours apart) to pi/16 (spans our 16 x 16 grid).
+    """
+    frequencies = math.pi * (1 / 16) ** (torch.arange(pairs) / max(1, pairs - 1))
+    return positions[..., None].float() * frequencies.to(positions.device)
+
+
+def rotate(x, angles):
+    """Turn the channel pairs of x (..., S, e) by angles (S, e/2); pair i is channels i, i + e/2."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class SpatialAttention(nn.Module):
+    """Every patch of a frame attends to every patch of the same frame. (B, T, N, D) -> the same."""
+
+    def __init__(self, dim, heads, side, neighbour_start):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        # Half of the channel pairs turn with the row, the other half with the column.
+        pairs = dim // heads // 4
+        row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+        angles = torch.cat([rotary_angles(row, pairs), rotary_angles(col, pairs)], dim=-1)
+        self.register_buffer("angles", angles, persistent=False)        # (N, e/2)
+        nn.init.zeros_(self.qkv.bias)
+        if neighbour_start:
+            self.start_on_neighbours(dim, heads, pairs)
+
+    @torch.no_grad()
+    def start_on_neighbours(self, dim, heads, pairs, strength=1.8):
+        """Set the biases of q and k so that head 0 looks up, 1 down, 2 left, 3 right, 4 up ...
+
+        With constant k = b and q = b turned by one step, q . k peaks where the rotary turns cancel,
+        one patch away; 1.8 puts that neighbour about 3 above the next in the logits. It is only a
+        start: the biases are trained like any weight.
+        """
+        steps = [(-1, 0), (1, 0), (0, -1), (0, 1)]
+        bias = self.qkv.bias.view(3, heads, dim // heads)
+        bias[1, :, :2 * pairs] = strength                               # k: (cos, sin) = (1, 0)
+        for head in range(heads):
+            turn = torch.cat([rotary_angles(torch.tensor(-s), pairs) for s in steps[head % 4]])
+            bias[0, head] = strength * torch.cat([turn.cos(), -turn.sin()])
+
+    def forward(self, x):
+        B, T, N, D = x.shape
+        qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (BT, h, N, e)
+        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        y = F.scaled_dot_product_attention(q, k, v)                     # (BT, h, N, e)
+        return self.out(y.transpose(1, 2).reshape(B, T, N, D))
+
+
+class TemporalAttention(nn.Module):
+    """Every patch attends to its own past: the last `window` frames, itself included.
+
+    (B, T, N, D) -> the same. Given the keys and values of `past` frames it takes x as the frames
+    that follow them, and so computes just what it would have computed for the whole clip.
+    """
+
+    def __init__(self, dim, heads, window):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, past, now):
+        """past: None or (k, v), each (B, N, h, T_past, e); now: the time of x's first frame.
+
+        Returns y (B, T, N, D) and the (k, v) of past and present together, for a cache to keep.
+        """
+        B, T, N, D = x.shape
+        e = D // self.heads
+        q, k, v = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
+        times = torch.arange(now, now + T, device=x.device)
+        angles = rotary_angles(times, e // 2)                           # (T, e/2)
+        q, k = rotate(q, angles), rotate(k, angles)                     # (B, N, h, T, e)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
+        # Frame t may see frame s when s is not later, and not out of the window.
+        key_times = torch.arange(now + T - k.shape[3], now + T, device=x.device)
+        age = times[:, None] - key_times[None, :]                       # (T, T_past + T)
+        allowed = (age >= 0) & (age < self.window)
+        # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
+        scores = q @ k.transpose(-1, -2) / math.sqrt(e)                 # (B, N, h, T, T_past + T)
+        y = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+        return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
+
+
+class STBlock(nn.Module):
+    """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm)."""
+
+    def __init__(self, dim, heads, side, window, neighbour_start):
+        super().__init__()
+        self.norm_space, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.space = SpatialAttention(dim, heads, side, neighbour_start)
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.time = TemporalAttention(dim, heads, window) if window > 1 else None
+        self.norm_time = nn.LayerNorm(dim) if window > 1 else None
+
+    def forward(self, x, past, now):
+        x = x + self.space(self.norm_space(x))
+        kv = None
+        if self.time is not None:                      # with a window of 1 there is no past to see
+            y, kv = self.time(self.norm_time(x), past, now)
+            x = x + y
+        return x + self.ffn(self.norm_ffn(x)), kv
+
+
+class Cache:
+    """What a transformer remembers of past frames: keys and values of each layer's time attention.
+
+    It is exact, not an approximation: time attention is causal, so nothing about a past frame
+    depends on the frame being made. The oldest frame leaves when the window is full; positions are
+    rotary, hence relative, so the clock may run on for ever.
+    """
+
+    def __init__(self, layers):
+        self.past = [None] * layers                    # each (k, v), (B, N, h, T_past, e)
+        self.now = 0                                   # time of the next frame
+
+    def copy(self):
+        """A cache that grows on its own; the tensors, which are never changed, are shared."""
+        twin = Cache(0)
+        twin.past, twin.now = list(self.past), self.now
+        return twin
+
+
+class STTransformer(nn.Module):
+    """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D)."""
+
+    def __init__(self, dim, heads, layers, side, window, neighbour_start):
+        super().__init__()
+        self.window = window
+        self.blocks = nn.ModuleList(
+            STBlock(dim, heads, side, window, neighbour_start) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x, cache=None, commit=True):
+        """With a cache, x are the frames that follow it; `commit` adds them to it."""
+        cache = cache or Cache(len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, cache.past[i], cache.now)
+            if commit and kv is not None:
+                keep = min(self.window - 1, kv[0].shape[3])             # the new frame makes it full
+                cache.past[i] = tuple(t[:, :, :, t.shape[3] - keep:] for t in kv)
+        if commit:
+            cache.now += x.shape[1]
+        return self.norm(x)
+
+
+def patchify(frames, patch):
+    """(B, T, H, W) -> (B, T, N, P): cut each frame into patch x patch squares, row by row."""
+    B, T, H, W = frames.shape
+    x = frames.view(B, T, H // patch, patch, W // patch, patch)
+    return x.permute(0, 1, 2, 4, 3, 5).reshape(B, T, -1, patch * patch)
+
+
+def unpatchify(x, patch):
+    """(B, T, N, P) -> (B, T, H, W): the inverse of patchify, for square frames."""
+    B, T, N, P = x.shape
+    side = math.isqrt(N)
+    x = x.view(B, T, side, side, patch, patch).permute(0, 1, 2, 4, 3, 5)
+    return x.reshape(B, T, side * patch, side * patch)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4  Vector quantizer
+#
+# Problem: both the tokenizer and the action model must pass through a bottleneck of a few discrete
+# symbols, and "pick the nearest of K vectors" has no gradient. VQ-VAE (van den Oord et al. 2017)
+# answers twice. Straight-through: going forward use the code, going backward pretend it was the
+# encoder's output. Commitment: pull the encoder's outputs towards their codes, ||z - sg(code)||^2.
+# The codes themselves follow the mean of the vectors that chose them, as a moving average.
+#
+# The classic failure is collapse: a few codes win everything and the others never move again. Two
+# measures against it, both by the D^2 rule of k-means++ (pick a vector with probability in
+# proportion to its squared distance from the nearest code, so a copy of a live code never wins):
+# the codebook starts on real encoder outputs, and a code that nobody chose for long is re-seeded.
+# --------------------------------------------------------------------------------------------------
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest of K codes of width L, with a moving-average codebook. Float32 throughout.
+
+    For its first `unquantized` training steps (at least one) it lets z through unchanged; then the
+    codebook starts on the encoder outputs of that moment.
+    """
+
+    def __init__(self, codes, dim, decay, dead_after, commitment, unquantized):
+        super().__init__()
+        self.decay, self.dead_after, self.commitment = decay, dead_after, commitment
+        self.unquantized = unquantized
+        self.register_buffer("codebook", torch.zeros(codes, dim))       # (K, L)
+        self.register_buffer("ema_count", torch.ones(codes))            # vectors that chose a code
+        self.register_buffer("ema_sum", torch.zeros(codes, dim))        # and their sum
+        self.register_buffer("idle", torch.zeros(codes))                # steps since last chosen
+        self.register_buffer("steps", torch.tensor(0))                  # updates so far
+        self.register_buffer("started", torch.tensor(False))            # codebook in use?
+        self.seen = []                                  # (z, indices) of this step's micro-batches
+
+    def squared_distances(self, z):
+        """||z - code||^2 of every pair: z (M, L) -> (M, K), never below 0."""
+        d = z.pow(2).sum(1, keepdim=True) - 2 * z @ self.codebook.T + self.codebook.pow(2).sum(1)
+        return d.clamp_min(0)
+
+    def forward(self, z):
+        """z (..., L) -> quantized (..., L), indices (...), commitment loss (a scalar)."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            flat = z.detach().reshape(-1, z.shape[-1])                  # (M, L)
+            indices = self.squared_distances(flat).argmin(dim=1)        # (M,)
+            if self.training:
+                self.seen.append((flat, indices))
+            indices = indices.view(z.shape[:-1])
+            if not self.started:
+                return z, indices, z.new_zeros(())
+            code = self.codebook[indices]                               # (..., L)
+            loss = self.commitment * F.mse_loss(z, code)
+            # Straight-through: the value is the code's, the gradient goes to z as if z = code.
+            return z + (code - z).detach(), indices, loss
+
+    @torch.no_grad()
+    def update(self, generator):
+        """After an optimizer step: learn the codebook from all vectors seen since the last call.
+
+        Once a step, not once a micro-batch: the codes stay put within a step, so micro-batches
+        give the same result as one big batch.
+        """
+        z = torch.cat([z for z, _ in self.seen])                        # (M, L)
+        indices = torch.cat([i for _, i in self.seen])                  # (M,)
+        self.seen = []
+        self.steps += 1
+        sample = z[torch.randperm(len(z), generator=generator)[:4096].to(z.device)]
+        if not self.started:
+            if self.steps >= self.unquantized:
+                self.start(sample, generator)
+            return
+        chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
+        self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
+        self.ema_sum.mul_(self.decay).add_(chosen.T @ z, alpha=1 - self.decay)
+        moved = chosen.sum(0) > 0                                       # (K,)
+        self.codebook[moved] = self.ema_sum[moved] / self.ema_count[moved, None]
+        self.idle.add_(1)[moved] = 0
+        self.reseed(sample, (self.idle >= self.dead_after).nonzero()[:, 0], generator)
+
+    @torch.no_grad()
+    def start(self, z, generator):
+        """k-means++: the first code is a random vector of z (M, L), the rest by the D^2 rule."""
+        first = torch.randint(len(z), (1,), generator=generator)
+        self.codebook[:] = z[first.to(z.device)]
+        self.ema_count.fill_(1)
+        self.reseed(z, torch.arange(1, len(self.codebook)), generator)
+        self.ema_sum.copy_(self.codebook * self.ema_count[:, None])
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def reseed(self, z, codes, generator):
+        """Move each of `codes` onto a vector of z drawn by the D^2 rule (none if all are codes)."""
+        for code in codes:
+            weight = self.squared_distances(z).min(dim=1).values.double().cpu()
+            weight[weight < 1e-6] = 0                                   # rounding, not distance
+            if weight.sum() == 0:
+                return
+            pick = torch.multinomial(weight, 1, generator=generator).to(z.device)
+            self.codebook[code] = z[pick[0]]
+            self.ema_count[code] = 1                                    # light: the mean soon leads
+            self.ema_sum[code] = self.codebook[code]
+            self.idle[code] = 0
+
+
+# --------------------------------------------------------------------------------------------------
+# 5  Video tokenizer
+#
+# Problem: predicting 4,096 pixels a frame is slow, and most of them say nothing new. A VQ-VAE
+# compresses each 4x4 patch to one of 32 symbols: 256 symbols a frame, which the dynamics model will
+# handle like words. Encoder and decoder are ST-transformers, so a token can also say what it saw in
+# earlier frames (Genie, section 2.1: ST-ViViT), and never in later ones.
+# --------------------------------------------------------------------------------------------------
+
+
+def pixels(frames):
+    """Binary frames 0/1 of any dtype -> float -1/+1: a blank patch then still has a norm."""
+    return frames.float() * 2 - 1
+
+
+class VideoTokenizer(nn.Module):
+    """64x64 binary frames <-> 16x16 tokens (Genie, section 2.1; the card, section 1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.patch = c.tok_patch
+        side = SIZE // c.tok_patch
+        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_window, c.neighbour_start)
+        self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
+        self.encoder = STTransformer(*shape)
+        self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
+        self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim, c.codebook_decay, c.dead_after,
+                                         c.commitment, c.tok_unquantized)
+        self.from_latent = nn.Linear(c.latent_dim, c.tok_dim)
+        self.decoder = STTransformer(*shape)
+        self.to_pixels = nn.Linear(c.tok_dim, c.tok_patch ** 2)
+
+    def encode(self, frames):
+        """frames (B, T, H, W) -> quantized (B, T, N, L), tokens (B, T, N), commitment loss."""
+        x = self.embed(patchify(pixels(frames), self.patch))            # (B, T, N, D)
+        return self.quantizer(self.to_latent(self.encoder(x)))
+
+    def decode(self, quantized, cache=None):
+        """quantized (B, T, N, L) -> logits (B, T, H, W) that each pixel is white."""
+        x = self.decoder(self.from_latent(quantized), cache)            # (B, T, N, D)
+        return unpatchify(self.to_pixels(x), self.patch).float()
+
+    def forward(self, frames):
+        """frames (B, T, H, W) -> logits (B, T, H, W), tokens (B, T, N), commitment loss."""
+        quantized, tokens, commitment = self.encode(frames)
+        return self.decode(quantized), tokens, commitment
+
+
+# --------------------------------------------------------------------------------------------------
+# 6  Latent action model (LAM)
+#
+# Problem: the video shows what happened and not which button was pressed. So let an encoder see
+# frame t and frame t+1 and pass a single code out of 8 to a decoder that sees frames up to t only and
+# must draw t+1. The one thing the decoder lacks is what changed, so that is what the 3 bits come
+# to hold (Genie, section 2.1). After training the decoder is thrown away: a person picks the code.
+#
+# But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up in
+# another, and reconstruct just as well. The switches lam_input, lam_roll, lam_window and lam_pool
+# hide from the encoder whatever is not motion, so that the cheapest code is a consistent one.
+# --------------------------------------------------------------------------------------------------
+
+
+class LatentActionModel(nn.Module):
+    """Names what happened between two frames with one of 8 codes (Genie, section 2.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.patch, self.input, self.roll = c.lam_patch, c.lam_input, c.lam_roll
+        side = SIZE // c.lam_patch
+        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_window, c.neighbour_start)
+        self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
+        self.encoder = STTransformer(*shape)
+        self.attend = nn.Linear(c.lam_dim, 1) if c.lam_pool == "attend" else None
+        self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
+        self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
+                                         c.dead_after, c.commitment, c.lam_unquantized)
+        self.embed_past = nn.Linear(c.lam_patch ** 2, c.lam_dim)
+        self.from_latent = nn.Linear(c.latent_dim, c.lam_dim)
+        self.decoder = STTransformer(*shape)
+        self.to_pixels = nn.Linear(c.lam_dim, c.lam_patch ** 2)
+
+    def encode(self, frames, generator=None):
+        """frames (B, T, H, W) -> quantized actions (B, T-1, L), indices (B, T-1), commitment.
+
+        Action t says what led from frame t to t+1; it sees frames up to t+1. In training, with
+        lam_roll, each sequence is rolled by its own (dy, dx) drawn from `generator`.
+        """
+        x = pixels(frames)
+        if self.roll and self.training:
+            shifts = torch.randint(SIZE, (len(x), 2), generator=generator).tolist()
+            x = torch.stack([clip.roll(shift, (1, 2)) for clip, shift in zip(x, shifts)])
+        if self.input == "diff":
+            x = (x[:, 1:] - x[:, :-1]) / 2                              # (B, T-1, H, W): -1, 0, 1
+        x = self.encoder(self.embed(patchify(x, self.patch)))           # (B, T or T-1, N, D)
+        if self.input == "frames":
+            x = x[:, 1:]                                                # position t+1 has seen t+1
+        if self.attend is not None:
+            x = self.attend(x).softmax(dim=2) * x * x.shape[2]          # weights over the N patches
+        return self.quantizer(self.to_latent(x.mean(dim=2)))            # (B, T-1, D) pooled
+
+    def decode(self, frames, actions):
+        """frames x_1..x_t (B, T-1, H, W), actions (B, T-1, L) -> logits of x_2..x_{t+1}."""
+        x = self.embed_past(patchify(pixels(frames), self.patch))       # (B, T-1, N, D)
+        x = self.decoder(x + self.from_latent(actions)[:, :, None])     # the action, to every patch
+        return unpatchify(self.to_pixels(x), self.patch).float()
+
+    def forward(self, frames, generator=None):
+        """frames (B, T, H, W) -> logits of frames 2..T, actions (B, T-1, L), indices, commitment."""
+        actions, indices, commitment = self.encode(frames, generator)
+        return self.decode(frames[:, :-1], actions), actions, indices, commitment
+
+
+# --------------------------------------------------------------------------------------------------
+# 7  Dynamics model (MaskGIT)
+#
+# Problem: given the past and an action, draw the next frame's 256 tokens. One at a time is 256 passes;
+# all at once ignores that tokens depend on each other (half of the hero here, half of it there).
+# MaskGIT (Chang et al. 2022) is the middle: begin with all tokens masked, predict them all, keep the
+# most confident few, and repeat; ten passes, each seeing what the earlier ones decided.
+# Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
+# --------------------------------------------------------------------------------------------------
+
+
+def gumbel(shape, generator):
+    """Gumbel(0, 1) noise: argmax(logits + noise) is a sample from softmax(logits)."""
+    return -torch.empty(shape).exponential_(generator=generator).log()
+
+
+class DynamicsModel(nn.Module):
+    """Masked-token transformer over past tokens and actions (Genie, section 2.1; the card, 3)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.codes, self.mask_min, self.clean_frames = c.tok_codes, c.mask_min, c.clean_frames
+        side = SIZE // c.tok_patch
+        self.tokens_per_frame, self.fold = side ** 2, c.dyn_fold ** 2
+        # fold x fold neighbouring tokens share a position; `order` lists the tokens by position.
+        grid = torch.arange(side ** 2).view(1, 1, side, side)
+        order = patchify(grid, c.dyn_fold).flatten()                    # (N,)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("unorder", order.argsort(), persistent=False)
+        # One row for each code and one for "masked", for each place within a position.
+        self.embed = nn.EmbeddingBag(self.fold * (c.tok_codes + 1), c.dyn_dim, mode="sum")
+        nn.init.normal_(self.embed.weight, std=0.5)
+        offsets = torch.arange(self.fold) * (c.tok_codes + 1)
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.action = nn.Linear(c.latent_dim, c.dyn_dim, bias=False)    # no action (zeros) adds 0
+        self.transformer = STTransformer(c.dyn_dim, c.dyn_heads, c.dyn_layers, side // c.dyn_fold,
+                                         CLIP, c.neighbour_start)
+        self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
+
+    def forward(self, tokens, masked, actions, cache=None, commit=True):
+        """tokens, masked (B, T, N), actions (B, T, L) -> logits (B, T, N, K).
+
+        actions[:, t] is the action that led *to* frame t (zeros where there was none), added to
+        every position of frame t. Tokens under `masked` are not looked at.
+        """
+        B, T, N = tokens.shape
+        x = tokens.masked_fill(masked, self.codes)[:, :, self.order]    # (B, T, N)
+        x = self.embed(x.view(-1, self.fold) + self.offsets)            # (B*T*N/fold, D)
+        x = x.view(B, T, N // self.fold, -1) + self.action(actions)[:, :, None]
+        x = self.to_logits(self.transformer(x, cache, commit))          # (B, T, N/fold, fold*K)
+        return x.view(B, T, N, self.codes)[:, :, self.unorder].float()
+
+    def random_mask(self, B, T, generator):
+        """A training mask (B, T, N): a rate in [mask_min, 1] a sequence, a coin flip a token.
+
+        Frame 0 is never masked (it is what play starts from); clean_frames leaves others whole.
+        """
+        rate = self.mask_min + (1 - self.mask_min) * torch.rand(B, 1, 1, generator=generator)
+        masked = torch.rand(B, T, self.tokens_per_frame, generator=generator) < rate
+        masked &= torch.rand(B, T, 1, generator=generator) >= self.clean_frames
+        masked[:, 0] = False
+        return masked
+
+    def loss(self, tokens, actions, generator):
+        """Cross-entropy of the masked tokens. tokens (B, T, N); actions (B, T-1, L), detached."""
+        masked = self.random_mask(*tokens.shape[:2], generator).to(tokens.device)
+        logits = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))     # action t leads to t+1
+        loss = F.cross_entropy(logits[masked], tokens[masked])
+        return torch.nan_to_num(loss)                                   # no token masked: no loss
+
+    @torch.no_grad()
+    def sample(self, cache, action, c, generator):
+        """Draw the frame that follows the cache. action (B, L) -> tokens (B, N); cache unchanged.
+
+        Each pass samples every masked token and commits those it is surest of; how many stay
+        masked falls along a cosine, slowly at first (MaskGIT, section 3.2). A committed token
+        is never changed.
+        """
+        B, N = len(action), self.tokens_per_frame
+        tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
+        masked = torch.ones_like(tokens, dtype=torch.bool)
+        for step in range(c.maskgit_steps):
+            logits = self(tokens, masked, action[:, None], cache, commit=False)  # (B, 1, N, K)
+            noise = gumbel(logits.shape, generator).to(logits.device)
+            guess = (logits + c.temperature * noise).argmax(dim=-1)     # (B, 1, N)
+            surety = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
+            progress = (step + 1) / c.maskgit_steps
+            order_noise = gumbel(surety.shape, generator).to(logits.device)
+            surety = surety + c.order_noise * (1 - progress) * order_noise
+            stay_masked = math.floor(N * math.cos(math.pi / 2 * progress))
+            commit = int(masked[0].sum()) - stay_masked
+            best = surety.masked_fill(~masked, -torch.inf).topk(commit, dim=-1).indices
+            tokens.scatter_(-1, best, guess.gather(-1, best))
+            masked.scatter_(-1, best, False)
+        return tokens[:, 0]
+
+    @torch.no_grad()
+    def remember(self, tokens, actions, cache):
+        """Add finished frames to the cache: one clean pass. tokens (B, T, N), actions (B, T, L)."""
+        self(tokens, torch.zeros_like(tokens, dtype=torch.bool), actions, cache)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8  Genie: the three joined, and played
+#
+# Problem: to play, the parts must meet in the right order: tokenize the first frame once; then, for
+# each press of a button, look the action up in the LAM's codebook, sample the next frame's tokens,
+# remember them, and decode them to pixels. That is the card's inference pipeline, in `step`.
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlayState:
+    """What play remembers: the caches of the dynamics model and of the tokenizer's decoder."""
+    dynamics: Cache
+    decoder: Cache
+
+
+class Genie(nn.Module):
+    """Video tokenizer, latent action model and dynamics model, built from one Config."""
+
+    def __init__(self, config):
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.tokenizer = VideoTokenizer(config)
+        self.lam = LatentActionModel(config)
+        self.dynamics = DynamicsModel(config)
+
+    @torch.no_grad()
+    def start(self, frames):
+        """Begin at real frames (B, 64, 64) of 0/1, or one (64, 64). Returns a PlayState."""
+        frames = torch.as_tensor(frames).view(-1, 1, SIZE, SIZE)
+        frames = frames.to(self.dynamics.order.device)
+        quantized, tokens, _ = self.tokenizer.encode(frames)            # (B, 1, N, L), (B, 1, N)
+        state = PlayState(Cache(self.config.dyn_layers), Cache(self.config.tok_layers))
+        no_action = quantized.new_zeros(len(frames), 1, self.config.latent_dim)
+        self.dynamics.remember(tokens, no_action, state.dynamics)
+        self.tokenizer.decode(quantized, state.decoder)
+        return state
+
+    @torch.no_grad()
+    def step(self, state, action, generator):
+        """Press a button: action, a whole number below num_actions or (B,) of them.
+
+        Returns frames (B, 64, 64) uint8 of 0/1 and the next state; the old state stays valid, so
+        the same moment can be played again with another action.
+        """
+        state = PlayState(state.dynamics.copy(), state.decoder.copy())
+        batch = state.dynamics.past[0][0].shape[0]
+        action = torch.as_tensor(action, device=self.dynamics.order.device).expand(batch)
+        latent = self.lam.quantizer.codebook[action]                    # (B, L)
+        tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)[:, None]
+        self.dynamics.remember(tokens, latent[:, None], state.dynamics)
+        quantized = self.tokenizer.quantizer.codebook[tokens]           # (B, 1, N, L)
+        logits = self.tokenizer.decode(quantized, state.decoder)        # (B, 1, H, W)
+        return (logits[:, 0] > 0).byte(), state
+
+    def rollout(self, first, actions, generator):
+        """Play actions (B, T) from frames (B, 64, 64): the T generated frames (B, T, 64, 64)."""
+        state, frames = self.start(first), []
+        for t in range(actions.shape[1]):
+            frame, state = self.step(state, actions[:, t], generator)
+            frames.append(frame)
+        return torch.stack(frames, dim=1)
+
+    @staticmethod
+    def load(path, device="cpu"):
+        """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
+        checkpoint = read_checkpoint(path)
+        genie = Genie(checkpoint["config"])
+        load_weights(genie, checkpoint["model"], path)
+        return genie.to(device).eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# 9  Training, stages 1 and 2
+#
+# Problem: three models, two of which need the third to be finished. So: stage 1 trains the tokenizer
+# alone. Stage 2 freezes it, and trains LAM and dynamics side by side: the LAM on pixels by its own
+# reconstruction, the dynamics on tokens, taking its actions from the LAM with a stop-gradient.
+#
+# Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights, optimizer
+# and position, so that a resumed run goes on exactly as if it had never stopped.
+# --------------------------------------------------------------------------------------------------
+
+STAGES = ("tokenizer", "world")
+
+
+def pick_device(name):
+    """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
+    return torch.device(name)
+
+
+def autocast(precision, device):
+    """A context in which matrix products run in bfloat16, where asked for or where it pays.
+
+    It pays on GPUs that have it and on CPUs with AMX tiles. With AVX512-BF16 alone we measured
+    the LAM's training step at half the speed of float32.
+    """
+    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()}
+    wanted = fast.get(device.type, False) if precision == "auto" else precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def save_checkpoint(path, contents):
+    """Write to a temporary name, then rename: a crash leaves the old file whole."""
+    with data_prep.written_whole(path) as file:
+        torch.save(contents, file)
+
+
+def read_checkpoint(path):
+    """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
+
+    weights_only: a file from a stranger may hold numbers and text, never code.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}; train one with: python genie_mini.py train")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                       # torch raises many kinds on a damaged file
+        raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
+                        f" ({type(error).__name__}); train again or use another file") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
+        raise UserError(f"{path} is not a version-{VERSION} checkpoint of genie_mini; train again")
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    config = checkpoint.get("config")
+    if not isinstance(config, dict) or set(config) != set(types) or any(
+            type(config[name]) is not types[name] for name in types):
+        raise UserError(f"the config inside {path} has missing, unknown or mistyped fields;"
+                        " it was written by another version: train again")
+    checkpoint["config"] = Config(**config)
+    return checkpoint
+
+
+def load_weights(module, weights, path):
+    """load_state_dict that says in one sentence what does not fit, and refuses NaN."""
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"the weights in {path} do not fit its own config; train again") from None
+    if not all(torch.isfinite(t).all() for t in module.state_dict().values()):
+        raise UserError(f"the weights in {path} hold NaN or infinity; use an earlier checkpoint")
+
+
+def learning_rate(step, total, c):
+    """Linear warm-up, then a cosine from lr to min_lr over the rest of the stage."""
+    warm = min(1.0, (step + 1) / max(1, c.warmup))
+    progress = max(0, step - c.warmup) / max(1, total - c.warmup)
+    return warm * (c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def tokenizer_losses(genie, frames, generator):
+    """Stage 1: draw each pixel again. frames (B, T, H, W) -> loss, numbers to log, codes chosen."""
+    logits, tokens, commitment = genie.tokenizer(frames)
+    pixel = F.binary_cross_entropy_with_logits(logits, frames.float())
+    return pixel + commitment, {"pixel_loss": pixel, "commitment": commitment}, tokens
+
+
+def world_losses(genie, frames, generator):
+    """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
+    with torch.no_grad():
+        tokens = genie.tokenizer.encode(frames)[1]                      # frozen
+    logits, actions, chosen, commitment = genie.lam(frames, generator)
+    pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
+    dynamics = genie.dynamics.loss(tokens, actions.detach(), generator)  # stop-gradient
+    numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
+    return pixel + commitment + dynamics, numbers, chosen
+
+
+def code_use(indices, codes):
+    """(how many codes occur, perplexity): exp of the entropy, the number of codes in even use."""
+    share = torch.bincount(indices.flatten().cpu(), minlength=codes).double() / indices.numel()
+    entropy = -(share[share > 0] * share[share > 0].log()).sum()
+    return int((share > 0).sum()), float(entropy.exp())
+
+
+def clock(seconds):
+    """Seconds as 1h02m, 3m05s or 12s."""
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+class Trainer:
+    """Both stages of one run: steps, log, validation, pictures, checkpoints, resume."""
+
+    COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
+               "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
+               "val_codes_used", "val_perplexity", "val_dynamics_loss")
+
+    def __init__(self, config, data, out):
+        self.c, self.data, self.out = config, str(data), Path(out)
+        self.device = pick_device(config.device)
+        self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
+        with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
+            torch.manual_seed(config.seed)               # lend it our seed, then put it back
+            self.genie = Genie(config).to(self.device)
+        self.stage, self.step, self.rows, self.stop = 0, 0, [], False
+        self.make_optimizer()
+
+    def models(self):
+        """The models that the present stage trains."""
+        return [self.genie.tokenizer] if self.stage == 0 else [self.genie.lam, self.genie.dynamics]
+
+    def make_optimizer(self):
+        parameters = [p for model in self.models() for p in model.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.c.lr, weight_decay=self.c.weight_decay,
+                                           betas=(self.c.beta1, self.c.beta2))
+
+    def run(self):
+        """Train from wherever the run stands to its end. Returns False when it was interrupted."""
+        while self.stage < len(STAGES):
+            self.genie.eval()
+            for model in self.models():
+                model.train()
+            self.train_stage(self.c.tok_steps if self.stage == 0 else self.c.dyn_steps)
+            if self.stop:
+                return False
+            self.stage, self.step = self.stage + 1, 0
+            if self.stage < len(STAGES):
+                self.make_optimizer()
+            self.save()
+        return True
+
+    def train_stage(self, total):
+        """The loop of one stage: step, log, now and then validate and save."""
+        c, began, first = self.c, time.monotonic(), self.step
+        while self.step < total and not self.stop:
+            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.one_step(total)}
+            self.step += 1
+            done = self.step == total
+            if self.step % c.val_every == 0 or done:
+                row.update(self.validate())
+            if self.step % c.log_every == 0 or self.step - first == 5 or done or len(row) > 9:
+                per_step = (time.monotonic() - began) / (self.step - first)
+                self.log(row, total, per_step)
+            if self.step % c.val_every == 0 or self.stop:
+                self.save()
+
+    def one_step(self, total):
+        """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
+        c, lr = self.c, learning_rate(self.step, total, self.c)
+        losses, length = ((tokenizer_losses, c.tok_frames), (world_losses, c.dyn_frames))[self.stage]
+        frames = self.train_set.batch(c.seed, self.stage, self.step, c.batch, length)
+        generator = seeded(c.seed, self.stage, self.step, 2)
+        parts = frames.split(min(c.micro_batch, c.batch))
+        numbers, codes = {}, []
+        for part in parts:
+            with autocast(c.precision, self.device):
+                loss, logged, chosen = losses(self.genie, part.to(self.device), generator)
+            (loss / len(parts)).backward()
+            codes.append(chosen)
+            for name, value in logged.items():
+                numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
+        if not math.isfinite(sum(numbers.values())):
+            raise UserError(f"the loss is not finite at step {self.step + 1} of the {STAGES[self.stage]}"
+                            " stage: resume with a lower --lr; the last checkpoint is untouched")
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models()]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        quantizer = self.models()[0].quantizer           # the tokenizer's, or the LAM's
+        quantizer.update(generator)
+        used, perplexity = code_use(torch.cat(codes), len(quantizer.codebook))
+        return {"lr": lr, "grad_norm": max(norms), **numbers, "codes_used": used,
+                "perplexity": perplexity}
+
+    @torch.no_grad()
+    def validate(self):
+        """Measure on the val split, draw pictures, and complain loudly about a collapse."""
+        genie, some = self.genie.eval(), spread(self.val_set, self.c.val_sequences)
+        if self.stage == 0:
+            result = evaluate_tokenizer(genie, self.val_set, some)
+            draw_reconstruction(genie, self.val_set, some, self.out / "reconstruction.png")
+        else:
+            result = evaluate_lam(genie, self.val_set, some)
+            losses = [genie.dynamics.loss(genie.tokenizer.encode(x)[1], genie.lam.encode(x)[0],
+                                          seeded(self.c.seed, i))
+                      for i, x in enumerate(batches(genie, self.val_set, some))]
+            result["dynamics_loss"] = torch.stack(losses).mean().item()
+            draw_rollout(genie, self.val_set, some, self.out / "rollout.png")
+        for model in self.models():
+            model.train()
+        for trouble in troubles(result, self.stage):
+            print("\n" + "!" * 80 + f"\n!! {trouble}\n" + "!" * 80 + "\n", flush=True)
+        wanted = ("wrong_pixels", "copy_wrong_pixels", "codes_used", "perplexity", "dynamics_loss")
+        result["codes_used"] = result.get("codes_used", result.get("actions_used"))
+        return {"val_" + name: result[name] for name in wanted if name in result}
+
+    def log(self, row, total, per_step):
+        """One line on the screen, one row in metrics.csv, the curves drawn again."""
+        self.rows.append(row)
+        with data_prep.written_whole(self.out / "metrics.csv") as file:
+            file.write(self.csv_text().encode())
+        text = (f"{row['stage']:9} {row['step']:6}/{total}  pixel {row['pixel_loss']:.4f}"
+                f"  commit {row['commitment']:.4f}")
+        if "dynamics_loss" in row:
+            text += f"  dynamics {row['dynamics_loss']:.4f}"
+        text += f"  codes {row['codes_used']} (perplexity {row['perplexity']:.1f})"
+        if "val_wrong_pixels" in row:
+            text += f"  val: wrong pixels {row['val_wrong_pixels']:.1f}"
+            if "val_copy_wrong_pixels" in row:
+                text += f" (copying {row['val_copy_wrong_pixels']:.1f})"
+            draw_curves(self.rows, self.out / "losses.png")
+        eta = clock(per_step * (total - self.step))
+        print(f"{text}  {self.c.batch / per_step:.1f} seq/s  ETA {eta}", flush=True)
+
+    def csv_text(self):
+        """The metrics so far; no timings, so that a resumed run writes the same bytes."""
+        def cell(value):
+            return f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines = [",".join(self.COLUMNS)]
+        lines += [",".join(cell(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def save(self):
+        """Write checkpoint.pt: all that a resumed run or play needs."""
+        save_checkpoint(self.out / "checkpoint.pt", {
+            "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
+            "stage": self.stage, "step": self.step, "rows": self.rows,
+            "model": self.genie.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def resume(self, checkpoint, path):
+        """Take up a run where its checkpoint stands."""
+        load_weights(self.genie, checkpoint["model"], path)
+        self.stage, self.step, self.rows = (checkpoint[k] for k in ("stage", "step", "rows"))
+        if self.stage < len(STAGES):
+            self.make_optimizer()
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+
+
+def troubles(result, stage):
+    """Sentences about what has gone wrong in a validation result; usually none."""
+    if stage == 0 and result["codes_used"] <= 4:
+        yield (f"THE CODEBOOK HAS COLLAPSED: {result['codes_used']} codes in use. Give the"
+               " encoder longer before the codebook starts: --tok_unquantized 300")
+    if stage == 1 and result["perplexity"] < 1.5:
+        yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
+               " steps get one code. Early on this is normal; if it lasts, try"
+               " --lam_input diff --lam_unquantized 300")
+    if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
+        yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
+               f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
+               " train longer or raise --lr")
+
+
+# --------------------------------------------------------------------------------------------------
+# 10  Evaluation
+#
+# Problem: a falling loss proves little. A tokenizer may ignore most codes; a LAM may copy the last
+# frame; a dynamics model may ignore its actions. So each is measured against what it must beat:
+# the LAM against copying, the actions against the true ones (where known), and the dynamics against
+# itself with other actions. delta_psnr (Genie, section 3: "Delta_t PSNR") is how much closer to the
+# video it gets with the inferred actions than with random ones; the null, which repeats the inferred
+# actions with another seed, tells how much of that could be luck.
+# --------------------------------------------------------------------------------------------------
+
+
+def spread(data, count):
+    """At most `count` indices of sequences, evenly spread over a split."""
+    return np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
+
+
+def batches(genie, data, indices, size=32):
+    """The sequences `indices` as batches (B, 16, 64, 64) on the model's device."""
+    for i in range(0, len(indices), size):
+        yield data.frames(indices[i:i + size]).to(genie.dynamics.order.device)
+
+
+def wrong_pixels(a, b):
+    """Mean count of differing pixels a frame; (..., H, W) of 0/1 each."""
+    return (a != b).sum((-2, -1)).float().mean().item()
+
+
+@torch.no_grad()
+def evaluate_tokenizer(genie, data, indices):
+    """Reconstruction and code use: wrong_pixels, iou (of the white pixels), codes, perplexity."""
+    wrong, both, either, tokens = [], 0, 0, []
+    for x in batches(genie, data, indices):
+        logits, chosen, _ = genie.tokenizer(x)
+        y = (logits > 0).byte()
+        wrong.append(wrong_pixels(x, y) * len(x))
+        both, either = both + (x & y).sum().item(), either + (x | y).sum().item()
+        tokens.append(chosen)
+    used, perplexity = code_use(torch.cat(tokens), genie.config.tok_codes)
+    return {"wrong_pixels": sum(wrong) / len(indices), "iou": both / max(1, either),
+            "codes_used": used, "perplexity": perplexity}
+
+
+def compare_actions(latent, true):
+    """How well latent actions (M,) name true ones (M,): nmi, accuracy, accuracy of a guess.
+
+    accuracy maps each latent action to the true one it most often goes with. nmi is the mutual
+    information over the mean of the two entropies: 1 = the same partition, 0 = unrelated.
+    """
+    joint = np.zeros((int(latent.max()) + 1, int(true.max()) + 1))
+    np.add.at(joint, (latent, true), 1)
+    joint /= joint.sum()
+    rows, columns = joint.sum(1), joint.sum(0)
+
+    def entropy(p):
+        return -(p[p > 0] * np.log(p[p > 0])).sum()
+
+    information = entropy(rows) + entropy(columns) - entropy(joint.ravel())
+    mean = (entropy(rows) + entropy(columns)) / 2
+    return {"nmi": float(information / mean) if mean > 0 else 0.0,
+            "accuracy": float(joint.max(1).sum()), "accuracy_chance": float(columns.max())}
+
+
+@torch.no_grad()
+def evaluate_lam(genie, data, indices):
+    """The LAM against copying the last frame, and its codes against the true actions if known."""
+    wrong, copied, latent = [], [], []
+    for x in batches(genie, data, indices):
+        logits, _, chosen, _ = genie.lam(x)
+        wrong.append(wrong_pixels((logits > 0).byte(), x[:, 1:]) * len(x))
+        copied.append(wrong_pixels(x[:, :-1], x[:, 1:]) * len(x))
+        latent.append(chosen.cpu())
+    latent = torch.cat(latent)                                          # (S, 15)
+    used, perplexity = code_use(latent, genie.config.num_actions)
+    result = {"wrong_pixels": sum(wrong) / len(indices),
+              "copy_wrong_pixels": sum(copied) / len(indices),
+              "actions_used": used, "perplexity": perplexity,
+              "nmi": None, "accuracy": None, "accuracy_chance": None}
+    if data.actions is not None:
+        result.update(compare_actions(latent.numpy().ravel(), data.actions[indices].ravel()))
+    return result
+
+
+def psnr(wrong):
+    """Peak signal-to-noise ratio in dB of binary frames with this mean count of wrong pixels."""
+    return -10 * math.log10(max(wrong, 1e-3) / SIZE ** 2)               # MSE = share of wrong pixels
+
+
+@torch.no_grad()
+def one_step(genie, frames, actions, generator):
+    """Predict each next frame from the real past. (B, 16, 64, 64), (B, 15) -> (B, 15, 64, 64)."""
+    tokens = genie.tokenizer.encode(frames)[1]                          # (B, 16, N)
+    codebook = genie.lam.quantizer.codebook
+    latents = F.pad(codebook[actions], (0, 0, 1, 0))                    # (B, 16, L), zeros first
+    real = F.pad(genie.lam.encode(frames)[0], (0, 0, 1, 0))             # what truly happened
+    cache, drawn = Cache(genie.config.dyn_layers), [tokens[:, 0]]
+    for t in range(frames.shape[1] - 1):
+        genie.dynamics.remember(tokens[:, t:t + 1], real[:, t:t + 1], cache)
+        drawn.append(genie.dynamics.sample(cache, latents[:, t + 1], genie.config, generator))
+    # Each drawn frame is decoded after the real ones before it.
+    decoder, out = Cache(genie.config.tok_layers), []
+    book = genie.tokenizer.quantizer.codebook
+    for t in range(frames.shape[1] - 1):
+        genie.tokenizer.decode(book[tokens[:, t:t + 1]], decoder)
+        out.append(genie.tokenizer.decode(book[drawn[t + 1][:, None]], decoder.copy())[:, 0] > 0)
+    return torch.stack(out, dim=1).byte()
+
+
+@torch.no_grad()
+def evaluate_dynamics(genie, data, indices, seed=0, t=4):
+    """delta_psnr at the t-th generated frame, its null, one-step errors and rollout errors.
+
+    Random actions are drawn in two ways: evenly from the codes in use (psnr_random; dead codes
+    would make it look worse than it is), and as often as they occur (delta_psnr_marginal).
+    """
+    everything = torch.cat([genie.lam.encode(x)[1] for x in batches(genie, data, indices)])
+    marginal = torch.bincount(everything.flatten().cpu(), minlength=genie.config.num_actions).float()
+    draws = {"random": (marginal > 0).float(), "marginal": marginal}
+    names = ["inferred", "null", *draws]
+    wrong = {name: [] for name in names}
+    single = {"inferred": [], "random": [], "copy": []}
+    for i, x in enumerate(batches(genie, data, indices)):
+        inferred = genie.lam.encode(x)[1]                               # (B, 15)
+        actions = {"inferred": inferred, "null": inferred}
+        for name, weights in draws.items():
+            picks = torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
+            actions[name] = picks.view_as(inferred).to(inferred.device)
+        for k, name in enumerate(names):
+            steps = CLIP - 1 if name == "inferred" else t
+            made = genie.rollout(x[:, 0], actions[name][:, :steps], seeded(seed, i, k))
+            wrong[name].append((made != x[:, 1:1 + steps]).sum((-2, -1)).float().cpu())
+        single["copy"].append((x[:, :-1] != x[:, 1:]).sum((-2, -1)).float().cpu())
+        for name in ("inferred", "random"):
+            made = one_step(genie, x, actions[name], seeded(seed, i, 9))
+            single[name].append((made != x[:, 1:]).sum((-2, -1)).float().cpu())
+    at = {name: torch.cat(w)[:, t - 1].mean().item() for name, w in wrong.items()}
+    rolled = torch.cat(wrong["inferred"]).mean(0)                       # (15,)
+    return {"psnr_inferred": psnr(at["inferred"]), "psnr_random": psnr(at["random"]),
+            "delta_psnr": psnr(at["inferred"]) - psnr(at["random"]),
+            "delta_psnr_null": psnr(at["inferred"]) - psnr(at["null"]),
+            "delta_psnr_marginal": psnr(at["inferred"]) - psnr(at["marginal"]),
+            **{"wrong_pixels_" + name: torch.cat(w).mean().item() for name, w in single.items()},
+            "rollout_wrong_pixels": {str(n): rolled[n - 1].item() for n in (4, 8, 15)}}
+
+
+def evaluate(genie, data, count):
+    """Everything that `eval --json` reports, as nested dicts (see README, "The numbers")."""
+    genie.eval()
+    indices = spread(data, count)
+    return {"tokenizer": evaluate_tokenizer(genie, data, indices),
+            "lam": evaluate_lam(genie, data, indices),
+            "dynamics": evaluate_dynamics(genie, data, indices)}
+
+
+def print_table(result):
+    """The evaluation for a person to read, each number beside what it must beat."""
+    def show(value, digits=2):
+        return "not known" if value is None else f"{value:.{digits}f}"
+    tok, lam, dyn = result["tokenizer"], result["lam"], result["dynamics"]
+    rolled = ", ".join(f"{v:.0f} at {k}" for k, v in dyn["rollout_wrong_pixels"].items())
+    rows = [
+        ("tokenizer", "wrong pixels of 4,096", show(tok["wrong_pixels"]), ""),
+        ("", "IoU of white pixels", show(tok["iou"], 4), "1 is perfect"),
+        ("", "codes used", tok["codes_used"], f"perplexity {show(tok['perplexity'])}"),
+        ("actions", "wrong pixels", show(lam["wrong_pixels"]),
+         f"copying: {show(lam['copy_wrong_pixels'])}"),
+        ("", "actions used", lam["actions_used"], f"perplexity {show(lam['perplexity'])}"),
+        ("", "accuracy", show(lam["accuracy"], 3), f"chance: {show(lam['accuracy_chance'], 3)}"),
+        ("", "NMI with true actions", show(lam["nmi"], 3), "chance: 0, perfect: 1"),
+        ("dynamics", "delta PSNR, dB", show(dyn["delta_psnr"]),
+         f"null: {show(dyn['delta_psnr_null'])}"),
+        ("", "  against actions as they occur", show(dyn["delta_psnr_marginal"]), ""),
+        ("", "one step, wrong pixels", show(dyn["wrong_pixels_inferred"]),
+         f"random action: {show(dyn['wrong_pixels_random'])}, "
+         f"copying: {show(dyn['wrong_pixels_copy'])}"),
+        ("", "rollout, wrong pixels", rolled, "by generated frame"),
+    ]
+    for part, name, value, against in rows:
+        print(f"{part:10} {name:33} {value!s:>10}   {against}")
+
+
+def draw_rows(rows, labels, path, title=""):
+    """A picture of clips, one a row: rows of (T, 64, 64) with 0/1, lower index on top."""
+    from matplotlib.figure import Figure
+    width = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (SIZE + 2), width * (SIZE + 2)), 0.5)
+    for i, row in enumerate(rows):
+        for t, frame in enumerate(row):
+            y, x = i * (SIZE + 2) + 1, t * (SIZE + 2) + 1
+            sheet[y:y + SIZE, x:x + SIZE] = np.asarray(frame)
+    figure = Figure(figsize=(1.5 + 0.8 * width, 0.4 + 0.8 * len(rows)), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks([(i + 0.5) * (SIZE + 2) for i in range(len(rows))], labels)
+    axes.set_xticks([])
+    with data_prep.written_whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+def draw_reconstruction(genie, data, indices, path):
+    """Three real clips and what the tokenizer makes of them."""
+    rows, labels = [], []
+    for i in indices[:: max(1, len(indices) // 3)][:3]:
+        x = data.frames([i]).to(genie.dynamics.order.device)
+        rows += [x[0].cpu(), (genie.tokenizer(x)[0][0] > 0).cpu()]
+        labels += ["real", "decoded"]
+    draw_rows(rows, labels, path, "Video tokenizer: through 256 symbols a frame and back")
+
+
+def draw_rollout(genie, data, indices, path):
+    """Three clips: real, generated from frame 0 with the inferred actions, and with others."""
+    rows, labels = [], []
+    for i in indices[:: max(1, len(indices) // 3)][:3]:
+        x = data.frames([i]).to(genie.dynamics.order.device)
+        inferred = genie.lam.encode(x)[1]
+        for name, actions in (("inferred", inferred), ("shuffled", inferred.flip(1))):
+            made = genie.rollout(x[:, 0], actions, seeded(0))
+            rows += [x[0].cpu()] * (name == "inferred") + [torch.cat([x[0, :1], made[0]]).cpu()]
+            labels += ["real"] * (name == "inferred") + [name]
+    draw_rows(rows, labels, path, "One real frame, then the model's own, by the actions it is given")
+
+
+def draw_buttons(genie, frame, path, steps=12):
+    """What each button does: one start frame, each action held down for `steps` frames."""
+    actions = torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
+    first = torch.as_tensor(frame).expand(len(actions), SIZE, SIZE)
+    made = genie.rollout(first, actions, seeded(0)).cpu()
+    rows = [torch.cat([first[:1].cpu(), row]) for row in made]
+    draw_rows(rows, [f"action {a}" for a in range(len(rows))], path, "What each button does")
+
+
+def draw_curves(rows, path):
+    """Loss curves of both stages from the logged rows."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = [("tokenizer", "pixel_loss"), ("world", "pixel_loss"), ("world", "dynamics_loss"),
+              ("world", "perplexity")]
+    titles = ["tokenizer: pixel loss", "LAM: pixel loss", "dynamics: loss", "actions: perplexity"]
+    for axes, (stage, name), title in zip(figure.subplots(1, 4), panels, titles):
+        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage]
+        axes.set(title=title, xlabel="step")
+        if points:
+            axes.plot(*zip(*points))
+        if name != "perplexity" and points:
+            axes.set_yscale("log")
+    with data_prep.written_whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11  Play
+#
+# Problem: a world model is convincing when you press a button and see what happens. Begin at a real
+# frame or at any picture, press buttons, and save what the model dreams as an animation.
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_actions(text, num_actions):
+    """'0,1,1,7' -> [0, 1, 1, 7]. Raises UserError for anything that is no button."""
+    try:
+        actions = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--actions {text!r}: give whole numbers with commas between, such as"
+                        " 0,1,1,2") from None
+    if not all(0 <= a < num_actions for a in actions):
+        raise UserError(f"--actions {text}: the buttons are 0 to {num_actions - 1}")
+    return actions
+
+
+def play(args):
+    """`play`: from a dataset frame or an image, the frames that a list of buttons leads to."""
+    if args.actions is None:
+        raise UserError("say which buttons to press, and where to save what happens:"
+                        " play --actions 0,1,2 --out roll.gif")
+    if args.image is not None and args.start is not None:
+        raise UserError("--image and --start both name a first frame; give one of them")
+    out = data_prep.check_output(args.out, (".gif", ".png"), args.force)
+    path = checkpoint_path(args.run)
+    genie = Genie.load(path)
+    actions = parse_actions(args.actions, genie.config.num_actions)
+    if args.image is not None:
+        first = torch.from_numpy(data_prep.image_to_frame(args.image))
+    else:
+        data, start = Sequences(find_data(args, path), args.split), args.start or 0
+        if not 0 <= start < len(data):
+            raise UserError(f"--start {start}: {args.split} has sequences 0 to {len(data) - 1}")
+        first = data.frames([start])[0, 0]
+    began = time.monotonic()
+    made = genie.rollout(first[None], torch.tensor([actions]), seeded(args.seed))[0]
+    seconds = time.monotonic() - began
+    frames = torch.cat([first[None], made]).numpy()
+    if out.suffix.lower() == ".gif":
+        data_prep.save_gif(frames, out)
+    else:
+        draw_rows([frames[i:i + CLIP] for i in range(0, len(frames), CLIP)],
+                  [f"frame {i}" for i in range(0, len(frames), CLIP)], out)
+    print(f"{out}: {len(frames)} frames, generated at {len(actions) / seconds:.1f} a second")
+
+
+# --------------------------------------------------------------------------------------------------
+# 12  Bench
+#
+# Problem: "fast" means little across machines. So bench first measures what this machine can do at
+# all (a large matrix product), and then gives each speed as a share of that, or as a ratio of two
+# ways measured side by side.
+# --------------------------------------------------------------------------------------------------
+
+
+def median_seconds(work, repeats=5):
+    """Median time of work(), after one run to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[repeats // 2]
+
+
+def gemm_peak(device, n=2048):
+    """Float operations a second of a large float32 matrix product here."""
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    return 2 * n ** 3 / median_seconds(lambda: a @ b)
+
+
+def bench_training(config, device):
+    """Sequences a second of a training step (micro-batch) of each stage, and share of GEMM peak."""
+    from torch.utils.flop_counter import FlopCounterMode
+    genie, peak, result = Genie(config).to(device), gemm_peak(device), {}
+    for name, losses, length in (("tokenizer", tokenizer_losses, config.tok_frames),
+                                 ("world", world_losses, config.dyn_frames)):
+        model = genie.train() if name == "tokenizer" else genie
+        model.tokenizer.train(name == "tokenizer")
+        size = min(config.micro_batch, config.batch)
+        frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8, device=device)
+
+        def work():
+            with autocast(config.precision, device):
+                losses(genie, frames, seeded(0))[0].backward()
+            genie.tokenizer.quantizer.seen, genie.lam.quantizer.seen = [], []
+
+        with FlopCounterMode(display=False) as counter:
+            work()
+        seconds = median_seconds(work, repeats=3)
+        result[name] = {"sequences_per_s": size / seconds,
+                        "mfu": counter.get_total_flops() / seconds / peak}
+    return result
+
+
+@torch.no_grad()
+def bench_play(config, device):
+    """Frames a second with the cache and without, at a full window of 16 frames; largest difference.
+
+    Without the cache each of the MaskGIT passes computes all 16 frames again.
+    """
+    genie = Genie(config).to(device).eval()
+    generator, model = seeded(0), genie.dynamics
+    tokens = torch.randint(config.tok_codes, (1, CLIP, model.tokens_per_frame), device=device)
+    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    masked[:, -1] = True
+    actions = torch.randn(1, CLIP, config.latent_dim, device=device)
+    cache = Cache(config.dyn_layers)
+    model.remember(tokens[:, :-1], actions[:, :-1], cache)
+    state = PlayState(cache, Cache(config.tok_layers))
+    genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens[:, :-1]], state.decoder)
+
+    def uncached():
+        for _ in range(config.maskgit_steps):
+            logits = model(tokens, masked, actions)
+        genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens])
+        return logits[:, -1]
+
+    fast = median_seconds(lambda: genie.step(state, 0, generator), repeats=3)
+    slow = median_seconds(uncached, repeats=3)
+    again = model(tokens[:, -1:], masked[:, -1:], actions[:, -1:], cache, commit=False)[:, 0]
+    return {"fps": 1 / fast, "fps_uncached": 1 / slow, "speedup": slow / fast,
+            "max_abs_diff": (again - uncached()).abs().max().item()}
+
+
+def peak_memory():
+    """Peak memory of this process in GiB; None where the system does not tell (Windows)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    with contextlib.suppress(ImportError):
+        import resource                                                 # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024                  # bytes there, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def bench(args):
+    """`bench`: training and playing speed of a preset on this machine."""
+    config = make_config(args)
+    device = pick_device(config.device)
+    result = {"train": bench_training(config, device), "play": bench_play(config, device),
+              "memory": {"peak_gib": peak_memory()},
+              "machine": {"device": str(device), "threads": torch.get_num_threads(),
+                          "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
+                          "python": platform.python_version(), "system": platform.system(),
+                          "preset": config.preset}}
+    for part, numbers in result.items():
+        print(part, json.dumps(numbers))
+    if args.json:
+        write_json(result, args.json)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13  Command line
+#
+# Problem: every choice in Config should be one flag away, a typing error should be met with the
+# nearest right word, and no mistake of the user's with a traceback.
+# --------------------------------------------------------------------------------------------------
+
+DEMO_DATA = Path("data/demo.npz")
+DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
+
+
+def write_json(result, path):
+    with data_prep.written_whole(path) as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())
+
+
+def checkpoint_path(run):
+    """The checkpoint of a run folder; without one, the pretrained demo checkpoint."""
+    if run is None:
+        return DEMO_CHECKPOINT
+    return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+
+
+def find_data(args, checkpoint=None):
+    """--data, or else the checkpoint's own data, or else the demo world, rendered if need be."""
+    path = args.data
+    if path is None and checkpoint is not None:
+        path = torch.load(checkpoint, map_location="cpu", weights_only=True).get("data")
+    path = Path(path or DEMO_DATA)
+    if path == DEMO_DATA and not path.exists():
+        print(f"no data named: rendering the demo world to {path}", flush=True)
+        data_prep.write_demo(path)
+    return path
+
+
+def flag_type(kind):
+    """An argparse type for a Config field; bool takes true or false."""
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    return boolean if kind is bool else kind
+
+
+def make_config(args):
+    """Config from a preset and the flags that were given. Raises UserError."""
+    preset = args.preset
+    if preset is None:
+        preset = "full" if torch.cuda.is_available() else "laptop"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: choose {', '.join(PRESETS)}")
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+             if getattr(args, f.name, None) is not None}
+    config = Config(**{**PRESETS[preset], **given, "preset": preset})
+    check_config(config)
+    return config
+
+
+def train(args):
+    """`train`: both stages from nothing, or on from a checkpoint, then an evaluation."""
+    if args.resume:
+        if args.out is None:
+            raise UserError("--resume needs --out runs/NAME: which run should go on?")
+        path = Path(args.out) / "checkpoint.pt"
+        checkpoint = read_checkpoint(path)
+        config, data = checkpoint["config"], args.data or checkpoint["data"]
+        changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+                   if getattr(args, f.name) not in (None, getattr(config, f.name))}
+        if changed:
+            raise UserError(f"--{next(iter(changed))} differs from the run's own value; a resumed run"
+                            " keeps its config, so leave the flag out or start another --out")
+    else:
+        config, checkpoint = make_config(args), None
+        args.out = args.out or f"runs/{config.preset}"
+        if (Path(args.out) / "checkpoint.pt").exists():
+            raise UserError(f"{args.out} already holds a run: continue it with --resume --out"
+                            f" {args.out}, or name another --out")
+        data = find_data(args)
+    trainer = Trainer(config, data, args.out)
+    if checkpoint:
+        trainer.resume(checkpoint, path)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    describe(trainer)
+    signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
+    if not trainer.run():
+        print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {args.out}")
+        return 130
+    result = evaluate(trainer.genie, Sequences(data, "test"), config.val_sequences)
+    write_json(result, Path(args.out) / "eval.json")
+    draw_buttons(trainer.genie, trainer.val_set.frames([0])[0, 0], Path(args.out) / "buttons.png")
+    print(f"\n{args.out}: on {config.val_sequences} sequences of the test split")
+    print_table(result)
+    return 0
+
+
+def describe(trainer):
+    """Say what is about to be trained, on what, with how many parameters."""
+    c, genie = trainer.c, trainer.genie
+    print(f"preset {c.preset} on {trainer.device}; data {trainer.data}: {len(trainer.train_set):,}"
+          f" train and {len(trainer.val_set):,} val sequences; run in {trainer.out}")
+    print("parameters: " + ", ".join(
+        f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in (
+            ("tokenizer", genie.tokenizer), ("LAM", genie.lam), ("dynamics", genie.dynamics))))
+    print(f"steps: {c.tok_steps:,} of stage 1 (tokenizer), {c.dyn_steps:,} of stage 2 (world); the"
+          " log's ETA is for the stage, measured as it goes", flush=True)
+
+
+def eval_command(args):
+    """`eval`: measure a run on one split, as a table, a figure and JSON."""
+    path = checkpoint_path(args.run)
+    genie = Genie.load(path)
+    data = Sequences(find_data(args, path), args.split)
+    if args.count < 1:
+        raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
+    result = evaluate(genie, data, args.count)
+    print_table(result)
+    if args.json:
+        write_json(result, args.json)
+    if args.figure:
+        draw_rollout(genie, data, spread(data, args.count), args.figure)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an unknown flag is answered with the nearest one that exists."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see python genie_mini.py {self.prog.split()[-1]} --help")
+
+    def parse(self, argv):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [flag for action in self.subcommands[args.command]._actions
+                     for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help"
+            raise UserError(f"unknown argument {unknown[0]}; {hint}")
+        return args
+
+
+def build_parser():
+    """The commands and their flags; train and bench take every Config field as a flag."""
+    parser = Parser(description=__doc__.split("\n")[0],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    subcommands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = {
+        "train": (train, "train both stages (bare: demo world, preset by device)"),
+        "eval": (eval_command, "measure a run against its baselines"),
+        "play": (play, "press buttons and save what happens as a GIF"),
+        "bench": (bench, "speed and memory on this machine")}
+    for name, (function, text) in commands.items():
+        command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+    add = {name: subcommands.choices[name].add_argument for name in commands}
+    for name in ("train", "bench"):
+        for f in dataclasses.fields(Config):
+            add[name]("--" + f.name, type=flag_type(f.type), metavar=f.type.__name__,
+                      help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
+    for name in ("train", "eval", "play"):
+        add[name]("--data", help=f"a data file of data_prep.py [{DEMO_DATA}, rendered if missing]")
+    add["train"]("--out", help="folder of the run [runs/PRESET]")
+    add["train"]("--resume", action="store_true", help="go on with the run in --out")
+    for name in ("eval", "play"):
+        add[name]("--run", help="folder of a run, or a checkpoint file [the pretrained demo]")
+        add[name]("--split", default="test", choices=data_prep.SPLITS, help="[test]")
+    for name in ("eval", "bench"):
+        add[name]("--json", help="also write the numbers to this file")
+    add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
+    add["eval"]("--figure", help="also draw real and generated clips to this PNG")
+    add["play"]("--image", help="start from this picture, binarised as data_prep does")
+    add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
+    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7")
+    add["play"]("--out", default="roll.gif", help=".gif, or .png for a strip [roll.gif]")
+    add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
+    add["play"]("--force", action="store_true", help="replace --out if it exists")
+    parser.subcommands = subcommands.choices
+    return parser
+
+
+def main(argv=None):
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        args = build_parser().parse(argv)
+        return args.function(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
