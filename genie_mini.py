@@ -31,10 +31,8 @@ Where this departs from the paper, a named switch in Config says so and why; the
 turns every such switch off. README's "How this differs from Genie" lists them with their effect.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import platform
@@ -66,93 +64,99 @@ CLIP = 16                       # frames in a stored sequence
 # --------------------------------------------------------------------------------------------------
 
 
-def setting(default, why):
-    return field(default=default, metadata={"why": why})
+def setting(default, why, low=0, high=math.inf, options=None):
+    """A Config field with its reason and its allowed range or options, for --help and checks."""
+    return field(default=default, metadata=dict(why=why, low=low, high=high, options=options))
 
 
 @dataclass
 class Config:
     """Every choice in this file. Defaults are the `full` preset."""
 
-    preset: str = setting("full", "the preset that the other values started from")
+    preset: str = setting("full", "the preset that the other values started from",
+                          options=("full", "laptop", "smoke"))
     seed: int = setting(0, "every random draw of a run follows from this number")
-    device: str = setting("auto", "auto, cpu, cuda or mps; auto takes the fastest there is")
-    precision: str = setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the"
-                                     " chip multiplies it faster")
+    device: str = setting("auto", "where to compute; auto takes the fastest there is",
+                          options=("auto", "cpu", "cuda", "mps"))
+    precision: str = setting("auto", "auto takes bfloat16 where the chip multiplies it faster",
+                             options=("auto", "float32", "bfloat16"))
     # Video tokenizer (stage 1)
-    tok_patch: int = setting(4, "4x4 pixels a patch: 16x16 tokens a frame")
-    tok_dim: int = setting(256, "model width")
-    tok_heads: int = setting(4, "attention heads")
-    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder")
-    tok_window: int = setting(16, "frames that time attention reaches back over, itself included;"
-                                  " 1 = each frame alone (departure: faster, and a token then"
-                                  " means the same whatever came before)")
-    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary")
+    tok_patch: int = setting(4, "4x4 pixels a patch: 16x16 tokens a frame", low=1)
+    tok_dim: int = setting(256, "model width", low=1)
+    tok_heads: int = setting(4, "attention heads", low=1)
+    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
+    tok_window: int = setting(16, "frames that time attention reaches over, the present one"
+                              " included; 1 = each frame alone (departure: faster, and a token"
+                              " means the same whatever came before)", low=1)
+    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2)
     # Latent action model (stage 2)
-    lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail")
-    lam_dim: int = setting(256, "model width")
-    lam_heads: int = setting(4, "attention heads")
-    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder")
-    lam_window: int = setting(16, "frames that time attention reaches back over; 1 = the encoder"
-                                  " sees one step, the decoder the last frame (departure: less to"
-                                  " confuse the meaning of a code with)")
-    lam_input: str = setting("frames", "what the encoder sees: frames (paper) or diff, the frame"
-                                       " difference (departure: a code can then only mean motion)")
+    lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail", low=1)
+    lam_dim: int = setting(256, "model width", low=1)
+    lam_heads: int = setting(4, "attention heads", low=1)
+    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
+    lam_window: int = setting(16, "frames that time attention reaches over; 1 = the encoder sees"
+                              " one step and the decoder the last frame (departure: less to"
+                              " confuse the meaning of a code with)", low=1)
+    lam_input: str = setting("frames", "what the encoder sees: frames as in the paper, or their"
+                             " difference (departure: a code can then only mean motion)",
+                             options=("frames", "diff"))
     lam_roll: bool = setting(False, "train the encoder on a randomly rolled copy (departure: a"
-                                    " code can then not depend on the place)")
-    lam_pool: str = setting("mean", "patches to one action: mean, or attend, a learned softmax"
-                                    " (departure: few patches move, a mean dilutes them)")
-    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step")
+                             " code can then not depend on the place)")
+    lam_pool: str = setting("mean", "patches to one action: the mean of all, or of those that"
+                            " changed (departure: few do, and the others drown them)",
+                            options=("mean", "changed"))
+    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2)
     # Dynamics model (stage 2)
-    dyn_dim: int = setting(256, "model width")
-    dyn_heads: int = setting(4, "attention heads")
-    dyn_layers: int = setting(6, "layers; the card names 6 and 4, we read the 4 as heads")
+    dyn_dim: int = setting(256, "model width", low=1)
+    dyn_heads: int = setting(4, "attention heads", low=1)
+    dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
-                               " costs a quarter; each token is still masked and sampled alone)")
-    mask_min: float = setting(0.5, "lowest masking rate; a sequence draws one in [mask_min, 1]")
+                            " costs a quarter; each token is still masked and drawn alone)", low=1)
+    mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
     clean_frames: float = setting(0.0, "share of frames left unmasked in training (departure: at"
-                                       " play the past is clean, in the paper's training never)")
+                                  " play the past is clean, in the paper's training never)",
+                                  high=0.99)
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
-                                           " (departure: motion is local, so learning is faster)")
-    latent_dim: int = setting(16, "width of a code vector, in both codebooks")
+                                    " (departure: motion is local, so learning is faster)")
+    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1)
     commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
-    codebook_decay: float = setting(0.99, "moving-average decay of the codebook")
-    dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps")
-    tok_unquantized: int = setting(100, "steps before the tokenizer's quantizer is switched on:"
-                                        " the k-means++ start needs encoder outputs that differ")
+    codebook_decay: float = setting(0.99, "moving-average decay of the codebook", high=0.9999)
+    dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
+    tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts: k-means++"
+                                   " needs encoder outputs that differ")
     lam_unquantized: int = setting(0, "the same for the latent action model")
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
-    batch: int = setting(128, "sequences the optimizer sees a step")
-    micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same")
-    tok_frames: int = setting(16, "frames of each sequence that stage 1 trains on")
-    dyn_frames: int = setting(16, "frames of each sequence that stage 2 trains on")
+    batch: int = setting(128, "sequences the optimizer sees a step", low=1)
+    micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same", low=1)
+    tok_frames: int = setting(16, "frames of each sequence that stage 1 sees", low=1, high=CLIP)
+    dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees", low=2, high=CLIP)
     lr: float = setting(3e-4, "peak learning rate")
-    min_lr: float = setting(3e-4, "learning rate at the end of the cosine; the card keeps it flat")
+    min_lr: float = setting(3e-4, "learning rate at the cosine's end; the card keeps it flat")
     warmup: int = setting(2000, "steps of linear warm-up")
-    beta1: float = setting(0.9, "AdamW")
-    beta2: float = setting(0.9, "AdamW; lower than usual, as in Genie")
+    beta1: float = setting(0.9, "AdamW", high=0.9999)
+    beta2: float = setting(0.9, "AdamW; lower than usual, as in Genie", high=0.9999)
     weight_decay: float = setting(1e-4, "AdamW")
-    grad_clip: float = setting(1.0, "gradient norm above which a step is scaled down; per model")
-    log_every: int = setting(50, "steps between log lines")
-    val_every: int = setting(1000, "steps between validations, pictures and checkpoints")
-    val_sequences: int = setting(64, "sequences in a validation during training")
+    grad_clip: float = setting(1.0, "gradient norm above which a model's step is scaled down")
+    log_every: int = setting(50, "steps between log lines", low=1)
+    val_every: int = setting(1000, "steps between validations, pictures and checkpoints", low=1)
+    val_sequences: int = setting(64, "sequences in a validation during training", low=1)
     # Sampling
-    maskgit_steps: int = setting(10, "passes in which a frame's tokens are decided")
+    maskgit_steps: int = setting(10, "passes in which a frame's tokens are decided", low=1)
     temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
-                                      " annealed to 0 (MaskGIT's code); large = random order")
+                                 " annealed to 0 (as in MaskGIT's code); large = random order")
 
 
 PRESETS = {
     "full": {},
-    # A 2-core laptop, about half an hour. Narrow, shallow, and every departure that speeds learning.
+    # A 2-core laptop, about half an hour: narrow, shallow, with every departure that helps.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=2500,
         lam_dim=128, lam_layers=2, lam_window=1, lam_input="diff", lam_roll=True,
-        lam_pool="attend", dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_frames=8, dyn_steps=4000,
+        lam_pool="changed", dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_frames=8, dyn_steps=4000,
         clean_frames=0.5, neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4,
         warmup=100, beta2=0.99, val_every=500),
     # Everything in under a minute, for tests; it learns next to nothing.
@@ -166,43 +170,24 @@ PRESETS = {
 
 
 def check_config(c):
-    """Raise UserError with one sentence when a Config cannot work."""
+    """Raise UserError, with one sentence, for a Config that cannot work."""
     for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"--{f.name} is {value}: give a finite number")
-        if f.type in (int, float) and value < 0:
-            raise UserError(f"--{f.name} is {value}: it cannot be negative")
-    at_least_one = ("tok_dim tok_heads tok_layers tok_window tok_codes lam_dim lam_heads lam_layers"
-                    " lam_window num_actions dyn_dim dyn_heads dyn_layers latent_dim dead_after"
-                    " batch micro_batch log_every val_every val_sequences maskgit_steps"
-                    " tok_patch lam_patch dyn_fold").split()
-    for name in at_least_one:
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name} is {getattr(c, name)}: it must be at least 1")
+        value, limits = getattr(c, f.name), f.metadata
+        if limits["options"] and value not in limits["options"]:
+            raise UserError(f"--{f.name} is {value}: choose {', '.join(limits['options'])}")
+        if f.type in (int, float) and not (math.isfinite(value)
+                                           and limits["low"] <= value <= limits["high"]):
+            raise UserError(f"--{f.name} is {value}: it must be a number from {limits['low']} to"
+                            f" {limits['high']}")
     for part in ("tok", "lam", "dyn"):
         dim, heads = getattr(c, part + "_dim"), getattr(c, part + "_heads")
         if dim % (4 * heads):
-            raise UserError(f"--{part}_dim {dim} must be a multiple of 4 x --{part}_heads {heads}"
-                            " (rotary positions turn pairs of channels, along two axes)")
-    for part in ("tok", "lam"):
-        if SIZE % getattr(c, part + "_patch"):
-            raise UserError(f"--{part}_patch must divide {SIZE}: 1, 2, 4, 8, 16 or 32")
-    if (SIZE // c.tok_patch) % c.dyn_fold:
-        raise UserError(f"--dyn_fold {c.dyn_fold} must divide the {SIZE // c.tok_patch} tokens of a"
-                        " row: try 1, 2 or 4")
-    choices = {"lam_input": ("frames", "diff"), "lam_pool": ("mean", "attend"),
-               "device": ("auto", "cpu", "cuda", "mps"), "preset": tuple(PRESETS),
-               "precision": ("auto", "float32", "bfloat16")}
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise UserError(f"--{name} is {getattr(c, name)!r}: choose {', '.join(allowed)}")
-    for name, low in (("tok_frames", 1), ("dyn_frames", 2)):
-        if not low <= getattr(c, name) <= CLIP:
-            raise UserError(f"--{name} is {getattr(c, name)}: from {low} to {CLIP} frames")
-    for name in ("mask_min", "clean_frames", "codebook_decay", "beta1", "beta2"):
-        if getattr(c, name) > 1 or (getattr(c, name) == 1 and name != "mask_min"):
-            raise UserError(f"--{name} is {getattr(c, name)}: a share, below 1")
+            raise UserError(f"--{part}_dim {dim} must be a multiple of 4 x --{part}_heads {heads}:"
+                            " rotary positions turn pairs of channels along two axes")
+    row = SIZE // c.tok_patch                                           # tokens in a row
+    for name, whole in (("tok_patch", SIZE), ("lam_patch", SIZE), ("dyn_fold", row)):
+        if whole % getattr(c, name):
+            raise UserError(f"--{name} is {getattr(c, name)}: it must divide {whole}")
     if c.batch % min(c.batch, c.micro_batch):
         raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
 
@@ -210,10 +195,10 @@ def check_config(c):
 # --------------------------------------------------------------------------------------------------
 # 2  Data
 #
-# Problem: an hour of video is 6,750 sequences of 16 frames. As float32 they fill 1.8 GB; as the bits
-# they are, 55 MB. So the data stays packed in memory, one bit a pixel, and only a batch is unpacked.
-# And a run must be repeatable: which sequences step i sees follows from (seed, stage, i) alone, so a
-# resumed run sees just what an uninterrupted one would have.
+# Problem: an hour of video is 6,750 sequences of 16 frames. As float32 they fill 1.8 GB; as the
+# bits they are, 55 MB. So the data stays packed in memory, one bit a pixel, and only a batch is
+# unpacked. And a run must be repeatable: which sequences step i sees follows from (seed, stage, i)
+# alone, so a resumed run sees just what an uninterrupted one would have.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -267,17 +252,18 @@ class Sequences:
 # (Genie, section 2: the ST-transformer).
 #
 # Time attention is causal: frame t sees frames <= t only. That does two things. It lets one pass
-# train a prediction for every frame, and it makes play cheap: a past frame never changes while a new
-# one is being refined, so its keys and values can be kept (the cache below) instead of recomputed.
+# train a prediction for every frame. And it makes play cheap: a past frame never changes while a
+# new one is being refined, so its keys and values are kept (the cache below), not recomputed.
 # --------------------------------------------------------------------------------------------------
 
 
 def rotary_angles(positions, pairs):
     """Angle of each channel pair at each position: (..., S) -> (..., S, pairs).
 
-    Rotary positions (Su et al. 2021): turn each pair of channels of q and k by position x frequency.
-    Then q . k depends on the *difference* of positions: what is learned at one place holds at every
-    place. Frequencies run from pi (tells neighbours apart) to pi/16 (spans our 16 x 16 grid).
+    Rotary positions (Su et al. 2021): turn each pair of channels of q and k by position times
+    frequency. Then q . k depends on the *difference* of positions: what is learned at one place
+    holds at every place. Frequencies run from pi (tells neighbours apart) to pi/16 (spans our
+    16 x 16 grid).
     """
     frequencies = math.pi * (1 / 16) ** (torch.arange(pairs) / max(1, pairs - 1))
     return positions[..., None].float() * frequencies.to(positions.device)
@@ -422,7 +408,7 @@ class STTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x, kv = block(x, cache.past[i], cache.now)
             if commit and kv is not None:
-                keep = min(self.window - 1, kv[0].shape[3])             # the new frame makes it full
+                keep = min(self.window - 1, kv[0].shape[3])             # room for one new frame
                 cache.past[i] = tuple(t[:, :, :, t.shape[3] - keep:] for t in kv)
         if commit:
             cache.now += x.shape[1]
@@ -601,13 +587,14 @@ class VideoTokenizer(nn.Module):
 # 6  Latent action model (LAM)
 #
 # Problem: the video shows what happened and not which button was pressed. So let an encoder see
-# frame t and frame t+1 and pass a single code out of 8 to a decoder that sees frames up to t only and
-# must draw t+1. The one thing the decoder lacks is what changed, so that is what the 3 bits come
-# to hold (Genie, section 2.1). After training the decoder is thrown away: a person picks the code.
+# frame t and frame t+1 and pass a single code out of 8 to a decoder that sees frames up to t only
+# and must draw t+1. The one thing the decoder lacks is what changed, so that is what the 3 bits
+# come to hold (Genie, section 2.1). At play the LAM is not needed, but for its codebook: a person
+# picks the code.
 #
-# But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up in
-# another, and reconstruct just as well. The switches lam_input, lam_roll, lam_window and lam_pool
-# hide from the encoder whatever is not motion, so that the cheapest code is a consistent one.
+# But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up
+# in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_window and
+# lam_pool hide from the encoder whatever is not motion, so that a consistent code is the cheapest.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -616,12 +603,12 @@ class LatentActionModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.patch, self.input, self.roll = c.lam_patch, c.lam_input, c.lam_roll
+        self.patch, self.input = c.lam_patch, c.lam_input
+        self.roll, self.pool = c.lam_roll, c.lam_pool
         side = SIZE // c.lam_patch
         shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_window, c.neighbour_start)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.encoder = STTransformer(*shape)
-        self.attend = nn.Linear(c.lam_dim, 1) if c.lam_pool == "attend" else None
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
         self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
                                          c.dead_after, c.commitment, c.lam_unquantized)
@@ -633,21 +620,24 @@ class LatentActionModel(nn.Module):
     def encode(self, frames, generator=None):
         """frames (B, T, H, W) -> quantized actions (B, T-1, L), indices (B, T-1), commitment.
 
-        Action t says what led from frame t to t+1; it sees frames up to t+1. In training, with
-        lam_roll, each sequence is rolled by its own (dy, dx) drawn from `generator`.
+        Action t says what led from frame t to t+1, and has seen no frame later than t+1. In
+        training, with lam_roll, each clip is rolled by its own (dy, dx) drawn from `generator`.
         """
         x = pixels(frames)
         if self.roll and self.training:
             shifts = torch.randint(SIZE, (len(x), 2), generator=generator).tolist()
             x = torch.stack([clip.roll(shift, (1, 2)) for clip, shift in zip(x, shifts)])
+        change = patchify((x[:, 1:] - x[:, :-1]) / 2, self.patch)       # (B, T-1, N, P): -1, 0, 1
         if self.input == "diff":
-            x = (x[:, 1:] - x[:, :-1]) / 2                              # (B, T-1, H, W): -1, 0, 1
-        x = self.encoder(self.embed(patchify(x, self.patch)))           # (B, T or T-1, N, D)
-        if self.input == "frames":
-            x = x[:, 1:]                                                # position t+1 has seen t+1
-        if self.attend is not None:
-            x = self.attend(x).softmax(dim=2) * x * x.shape[2]          # weights over the N patches
-        return self.quantizer(self.to_latent(x.mean(dim=2)))            # (B, T-1, D) pooled
+            x = self.encoder(self.embed(change))                        # (B, T-1, N, D)
+        else:
+            x = self.encoder(self.embed(patchify(x, self.patch)))[:, 1:]  # at t+1 it has seen t+1
+        if self.pool == "changed":
+            moved = change.ne(0).any(dim=-1, keepdim=True)              # (B, T-1, N, 1)
+            x = (x * moved).sum(dim=2) / moved.sum(dim=2).clamp_min(1)  # (B, T-1, D)
+        else:
+            x = x.mean(dim=2)                                           # (B, T-1, D)
+        return self.quantizer(self.to_latent(x))
 
     def decode(self, frames, actions):
         """frames x_1..x_t (B, T-1, H, W), actions (B, T-1, L) -> logits of x_2..x_{t+1}."""
@@ -656,7 +646,7 @@ class LatentActionModel(nn.Module):
         return unpatchify(self.to_pixels(x), self.patch).float()
 
     def forward(self, frames, generator=None):
-        """frames (B, T, H, W) -> logits of frames 2..T, actions (B, T-1, L), indices, commitment."""
+        """frames (B, T, H, W) -> logits of frames 2..T, then what encode returns."""
         actions, indices, commitment = self.encode(frames, generator)
         return self.decode(frames[:, :-1], actions), actions, indices, commitment
 
@@ -664,10 +654,10 @@ class LatentActionModel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 7  Dynamics model (MaskGIT)
 #
-# Problem: given the past and an action, draw the next frame's 256 tokens. One at a time is 256 passes;
-# all at once ignores that tokens depend on each other (half of the hero here, half of it there).
-# MaskGIT (Chang et al. 2022) is the middle: begin with all tokens masked, predict them all, keep the
-# most confident few, and repeat; ten passes, each seeing what the earlier ones decided.
+# Problem: given the past and an action, draw the next frame's 256 tokens. One at a time is 256
+# passes; all at once ignores that tokens depend on each other (half of the hero here, half of it
+# there). MaskGIT (Chang et al. 2022) is the middle: begin with all tokens masked, predict them all,
+# keep the most confident few, and repeat; ten passes, each seeing what the earlier ones decided.
 # Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
 # --------------------------------------------------------------------------------------------------
 
@@ -757,11 +747,6 @@ class DynamicsModel(nn.Module):
             masked.scatter_(-1, best, False)
         return tokens[:, 0]
 
-    @torch.no_grad()
-    def remember(self, tokens, actions, cache):
-        """Add finished frames to the cache: one clean pass. tokens (B, T, N), actions (B, T, L)."""
-        self(tokens, torch.zeros_like(tokens, dtype=torch.bool), actions, cache)
-
 
 # --------------------------------------------------------------------------------------------------
 # 8  Genie: the three joined, and played
@@ -790,34 +775,41 @@ class Genie(nn.Module):
         self.lam = LatentActionModel(config)
         self.dynamics = DynamicsModel(config)
 
+    @property
+    def device(self):
+        return self.tokenizer.quantizer.codebook.device
+
     @torch.no_grad()
     def start(self, frames):
-        """Begin at real frames (B, 64, 64) of 0/1, or one (64, 64). Returns a PlayState."""
-        frames = torch.as_tensor(frames).view(-1, 1, SIZE, SIZE)
-        frames = frames.to(self.dynamics.order.device)
-        quantized, tokens, _ = self.tokenizer.encode(frames)            # (B, 1, N, L), (B, 1, N)
+        """Begin at real frames (B, 64, 64) of 0/1, or at one (64, 64). Returns a PlayState."""
+        frames = torch.as_tensor(frames, device=self.device).view(-1, 1, SIZE, SIZE)
+        tokens = self.tokenizer.encode(frames)[1][:, 0]                 # (B, N)
         state = PlayState(Cache(self.config.dyn_layers), Cache(self.config.tok_layers))
-        no_action = quantized.new_zeros(len(frames), 1, self.config.latent_dim)
-        self.dynamics.remember(tokens, no_action, state.dynamics)
-        self.tokenizer.decode(quantized, state.decoder)
+        self.observe(state, tokens, torch.zeros(len(frames), self.config.latent_dim,
+                                                device=self.device))    # nothing led to frame 1
         return state
 
     @torch.no_grad()
-    def step(self, state, action, generator):
-        """Press a button: action, a whole number below num_actions or (B,) of them.
-
-        Returns frames (B, 64, 64) uint8 of 0/1 and the next state; the old state stays valid, so
-        the same moment can be played again with another action.
-        """
-        state = PlayState(state.dynamics.copy(), state.decoder.copy())
-        batch = state.dynamics.past[0][0].shape[0]
-        action = torch.as_tensor(action, device=self.dynamics.order.device).expand(batch)
-        latent = self.lam.quantizer.codebook[action]                    # (B, L)
-        tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)[:, None]
-        self.dynamics.remember(tokens, latent[:, None], state.dynamics)
+    def observe(self, state, tokens, action):
+        """Add one finished frame to the state. tokens (B, N), action (B, L) -> pixels (B, H, W)."""
+        tokens, action = tokens[:, None], action[:, None]
+        self.dynamics(tokens, torch.zeros_like(tokens, dtype=torch.bool), action, state.dynamics)
         quantized = self.tokenizer.quantizer.codebook[tokens]           # (B, 1, N, L)
-        logits = self.tokenizer.decode(quantized, state.decoder)        # (B, 1, H, W)
-        return (logits[:, 0] > 0).byte(), state
+        return (self.tokenizer.decode(quantized, state.decoder)[:, 0] > 0).byte()
+
+    @torch.no_grad()
+    def step(self, state, action, generator):
+        """Press a button: action, one whole number below num_actions, or (B,) of them.
+
+        Returns frames (B, 64, 64) uint8 of 0/1 and the next state. The old state stays as it was,
+        so the same moment can be played again with another action.
+        """
+        batch = state.dynamics.past[0][0].shape[0]
+        action = torch.as_tensor(action, device=self.device).expand(batch)
+        latent = self.lam.quantizer.codebook[action]                    # (B, L)
+        tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
+        state = PlayState(state.dynamics.copy(), state.decoder.copy())
+        return self.observe(state, tokens, latent), state
 
     def rollout(self, first, actions, generator):
         """Play actions (B, T) from frames (B, 64, 64): the T generated frames (B, T, 64, 64)."""
@@ -828,23 +820,27 @@ class Genie(nn.Module):
         return torch.stack(frames, dim=1)
 
     @staticmethod
-    def load(path, device="cpu"):
+    def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint = read_checkpoint(path)
+        return Genie.build(read_checkpoint(path))
+
+    @staticmethod
+    def build(checkpoint):
+        """The same from a checkpoint already read; see read_checkpoint in section 9."""
         genie = Genie(checkpoint["config"])
-        load_weights(genie, checkpoint["model"], path)
-        return genie.to(device).eval()
+        load_weights(genie, checkpoint["model"])
+        return genie.eval()
 
 
 # --------------------------------------------------------------------------------------------------
 # 9  Training, stages 1 and 2
 #
-# Problem: three models, two of which need the third to be finished. So: stage 1 trains the tokenizer
+# Problem: three models, two of which need the third to be finished. So stage 1 trains the tokenizer
 # alone. Stage 2 freezes it, and trains LAM and dynamics side by side: the LAM on pixels by its own
 # reconstruction, the dynamics on tokens, taking its actions from the LAM with a stop-gradient.
 #
-# Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights, optimizer
-# and position, so that a resumed run goes on exactly as if it had never stopped.
+# Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights,
+# optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
 # --------------------------------------------------------------------------------------------------
 
 STAGES = ("tokenizer", "world")
@@ -885,7 +881,8 @@ def read_checkpoint(path):
     weights_only: a file from a stranger may hold numbers and text, never code.
     """
     if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}; train one with: python genie_mini.py train")
+        raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
+                        " train")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                       # torch raises many kinds on a damaged file
@@ -903,14 +900,14 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def load_weights(module, weights, path):
+def load_weights(module, weights):
     """load_state_dict that says in one sentence what does not fit, and refuses NaN."""
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"the weights in {path} do not fit its own config; train again") from None
+        raise UserError("the checkpoint's weights do not fit its own config: train again") from None
     if not all(torch.isfinite(t).all() for t in module.state_dict().values()):
-        raise UserError(f"the weights in {path} hold NaN or infinity; use an earlier checkpoint")
+        raise UserError("the checkpoint's weights hold NaN or infinity: use an earlier one")
 
 
 def learning_rate(step, total, c):
@@ -953,7 +950,7 @@ def clock(seconds):
 
 
 class Trainer:
-    """Both stages of one run: steps, log, validation, pictures, checkpoints, resume."""
+    """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
     COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
                "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
@@ -966,52 +963,51 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
-        self.stage, self.step, self.rows, self.stop = 0, 0, [], False
-        self.make_optimizer()
+        self.rows, self.stop = [], False                 # logged rows; asked to stop?
+        self.enter_stage(0)
 
-    def models(self):
-        """The models that the present stage trains."""
-        return [self.genie.tokenizer] if self.stage == 0 else [self.genie.lam, self.genie.dynamics]
-
-    def make_optimizer(self):
-        parameters = [p for model in self.models() for p in model.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.c.lr, weight_decay=self.c.weight_decay,
-                                           betas=(self.c.beta1, self.c.beta2))
+    def enter_stage(self, stage):
+        """Begin a stage: which models train, and an optimizer of their own."""
+        genie = self.genie.eval()
+        self.stage, self.step = stage, 0
+        self.models = ([genie.tokenizer], [genie.lam, genie.dynamics], [])[stage]
+        self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
+        parameters = [p for model in self.models for p in model.parameters()]
+        self.optimizer = parameters and torch.optim.AdamW(
+            parameters, weight_decay=self.c.weight_decay, betas=(self.c.beta1, self.c.beta2))
 
     def run(self):
-        """Train from wherever the run stands to its end. Returns False when it was interrupted."""
+        """Train from wherever the run stands to its end. Returns False if asked to stop."""
         while self.stage < len(STAGES):
-            self.genie.eval()
-            for model in self.models():
-                model.train()
-            self.train_stage(self.c.tok_steps if self.stage == 0 else self.c.dyn_steps)
+            self.train_stage()
             if self.stop:
                 return False
-            self.stage, self.step = self.stage + 1, 0
-            if self.stage < len(STAGES):
-                self.make_optimizer()
+            self.enter_stage(self.stage + 1)
             self.save()
         return True
 
-    def train_stage(self, total):
+    def train_stage(self):
         """The loop of one stage: step, log, now and then validate and save."""
-        c, began, first = self.c, time.monotonic(), self.step
-        while self.step < total and not self.stop:
-            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.one_step(total)}
+        began, first = time.monotonic(), self.step
+        while self.step < self.total and not self.stop:
+            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.one_step()}
             self.step += 1
-            done = self.step == total
-            if self.step % c.val_every == 0 or done:
+            last = self.step == self.total
+            validating = self.step % self.c.val_every == 0 or last
+            if validating:
                 row.update(self.validate())
-            if self.step % c.log_every == 0 or self.step - first == 5 or done or len(row) > 9:
-                per_step = (time.monotonic() - began) / (self.step - first)
-                self.log(row, total, per_step)
-            if self.step % c.val_every == 0 or self.stop:
+            if validating or self.step % self.c.log_every == 0 or self.step == 5:
+                self.log(row, (time.monotonic() - began) / (self.step - first))
+            if validating or self.stop:
                 self.save()
 
-    def one_step(self, total):
+    def one_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
-        c, lr = self.c, learning_rate(self.step, total, self.c)
-        losses, length = ((tokenizer_losses, c.tok_frames), (world_losses, c.dyn_frames))[self.stage]
+        c = self.c
+        for model in self.models:
+            model.train()
+        losses = (tokenizer_losses, world_losses)[self.stage]
+        length = (c.tok_frames, c.dyn_frames)[self.stage]
         frames = self.train_set.batch(c.seed, self.stage, self.step, c.batch, length)
         generator = seeded(c.seed, self.stage, self.step, 2)
         parts = frames.split(min(c.micro_batch, c.batch))
@@ -1024,14 +1020,13 @@ class Trainer:
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
         if not math.isfinite(sum(numbers.values())):
-            raise UserError(f"the loss is not finite at step {self.step + 1} of the {STAGES[self.stage]}"
-                            " stage: resume with a lower --lr; the last checkpoint is untouched")
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models()]
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            raise UserError(f"the loss is no longer finite at step {self.step + 1} of stage"
+                            f" {STAGES[self.stage]}: train again with a lower --lr")
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models]
+        self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        quantizer = self.models()[0].quantizer           # the tokenizer's, or the LAM's
+        self.optimizer.zero_grad()
+        quantizer = self.models[0].quantizer             # the tokenizer's, or the LAM's
         quantizer.update(generator)
         used, perplexity = code_use(torch.cat(codes), len(quantizer.codebook))
         return {"lr": lr, "grad_norm": max(norms), **numbers, "codes_used": used,
@@ -1039,7 +1034,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """Measure on the val split, draw pictures, and complain loudly about a collapse."""
+        """Measure on the val split, draw a picture, and complain loudly about a collapse."""
         genie, some = self.genie.eval(), spread(self.val_set, self.c.val_sequences)
         if self.stage == 0:
             result = evaluate_tokenizer(genie, self.val_set, some)
@@ -1047,57 +1042,44 @@ class Trainer:
         else:
             result = evaluate_lam(genie, self.val_set, some)
             losses = [genie.dynamics.loss(genie.tokenizer.encode(x)[1], genie.lam.encode(x)[0],
-                                          seeded(self.c.seed, i))
+                                          seeded(i))
                       for i, x in enumerate(batches(genie, self.val_set, some))]
             result["dynamics_loss"] = torch.stack(losses).mean().item()
             draw_rollout(genie, self.val_set, some, self.out / "rollout.png")
-        for model in self.models():
-            model.train()
-        for trouble in troubles(result, self.stage):
-            print("\n" + "!" * 80 + f"\n!! {trouble}\n" + "!" * 80 + "\n", flush=True)
-        wanted = ("wrong_pixels", "copy_wrong_pixels", "codes_used", "perplexity", "dynamics_loss")
-        result["codes_used"] = result.get("codes_used", result.get("actions_used"))
-        return {"val_" + name: result[name] for name in wanted if name in result}
+        if self.models[0].quantizer.started:
+            for trouble in troubles(result, self.stage):
+                print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
+        result = {"val_" + name: value for name, value in result.items()}
+        return {name: result[name] for name in self.COLUMNS if name in result}
 
-    def log(self, row, total, per_step):
-        """One line on the screen, one row in metrics.csv, the curves drawn again."""
+    def log(self, row, seconds_per_step):
+        """One line on the screen; metrics.csv and the curves written anew."""
         self.rows.append(row)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items()
+                            if name not in ("stage", "step", "lr", "grad_norm"))
+        print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
+              f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
+              f"  ETA {clock(seconds_per_step * (self.total - self.step))}", flush=True)
+        lines = [",".join(self.COLUMNS)] + [
+            ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
         with data_prep.written_whole(self.out / "metrics.csv") as file:
-            file.write(self.csv_text().encode())
-        text = (f"{row['stage']:9} {row['step']:6}/{total}  pixel {row['pixel_loss']:.4f}"
-                f"  commit {row['commitment']:.4f}")
-        if "dynamics_loss" in row:
-            text += f"  dynamics {row['dynamics_loss']:.4f}"
-        text += f"  codes {row['codes_used']} (perplexity {row['perplexity']:.1f})"
-        if "val_wrong_pixels" in row:
-            text += f"  val: wrong pixels {row['val_wrong_pixels']:.1f}"
-            if "val_copy_wrong_pixels" in row:
-                text += f" (copying {row['val_copy_wrong_pixels']:.1f})"
-            draw_curves(self.rows, self.out / "losses.png")
-        eta = clock(per_step * (total - self.step))
-        print(f"{text}  {self.c.batch / per_step:.1f} seq/s  ETA {eta}", flush=True)
-
-    def csv_text(self):
-        """The metrics so far; no timings, so that a resumed run writes the same bytes."""
-        def cell(value):
-            return f"{value:.6g}" if isinstance(value, float) else str(value)
-        lines = [",".join(self.COLUMNS)]
-        lines += [",".join(cell(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
-        return "\n".join(lines) + "\n"
+            file.write("\n".join(lines + [""]).encode())
+        draw_curves(self.rows, self.out / "losses.png")
 
     def save(self):
         """Write checkpoint.pt: all that a resumed run or play needs."""
         save_checkpoint(self.out / "checkpoint.pt", {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
             "stage": self.stage, "step": self.step, "rows": self.rows,
-            "model": self.genie.state_dict(), "optimizer": self.optimizer.state_dict()})
+            "model": self.genie.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.models else None})
 
-    def resume(self, checkpoint, path):
+    def resume(self, checkpoint):
         """Take up a run where its checkpoint stands."""
-        load_weights(self.genie, checkpoint["model"], path)
-        self.stage, self.step, self.rows = (checkpoint[k] for k in ("stage", "step", "rows"))
-        if self.stage < len(STAGES):
-            self.make_optimizer()
+        load_weights(self.genie, checkpoint["model"])
+        self.enter_stage(checkpoint["stage"])
+        self.step, self.rows = checkpoint["step"], checkpoint["rows"]
+        if self.models:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
 
 
@@ -1123,8 +1105,8 @@ def troubles(result, stage):
 # frame; a dynamics model may ignore its actions. So each is measured against what it must beat:
 # the LAM against copying, the actions against the true ones (where known), and the dynamics against
 # itself with other actions. delta_psnr (Genie, section 3: "Delta_t PSNR") is how much closer to the
-# video it gets with the inferred actions than with random ones; the null, which repeats the inferred
-# actions with another seed, tells how much of that could be luck.
+# video it gets with the inferred actions than with random ones; the null, which repeats the
+# inferred actions with another seed, tells how much of that could be luck.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1136,7 +1118,7 @@ def spread(data, count):
 def batches(genie, data, indices, size=32):
     """The sequences `indices` as batches (B, 16, 64, 64) on the model's device."""
     for i in range(0, len(indices), size):
-        yield data.frames(indices[i:i + size]).to(genie.dynamics.order.device)
+        yield data.frames(indices[i:i + size]).to(genie.device)
 
 
 def wrong_pixels(a, b):
@@ -1201,27 +1183,18 @@ def evaluate_lam(genie, data, indices):
 
 def psnr(wrong):
     """Peak signal-to-noise ratio in dB of binary frames with this mean count of wrong pixels."""
-    return -10 * math.log10(max(wrong, 1e-3) / SIZE ** 2)               # MSE = share of wrong pixels
+    return -10 * math.log10(max(wrong, 1e-3) / SIZE ** 2)           # MSE = share of wrong pixels
 
 
 @torch.no_grad()
 def one_step(genie, frames, actions, generator):
-    """Predict each next frame from the real past. (B, 16, 64, 64), (B, 15) -> (B, 15, 64, 64)."""
-    tokens = genie.tokenizer.encode(frames)[1]                          # (B, 16, N)
-    codebook = genie.lam.quantizer.codebook
-    latents = F.pad(codebook[actions], (0, 0, 1, 0))                    # (B, 16, L), zeros first
-    real = F.pad(genie.lam.encode(frames)[0], (0, 0, 1, 0))             # what truly happened
-    cache, drawn = Cache(genie.config.dyn_layers), [tokens[:, 0]]
-    for t in range(frames.shape[1] - 1):
-        genie.dynamics.remember(tokens[:, t:t + 1], real[:, t:t + 1], cache)
-        drawn.append(genie.dynamics.sample(cache, latents[:, t + 1], genie.config, generator))
-    # Each drawn frame is decoded after the real ones before it.
-    decoder, out = Cache(genie.config.tok_layers), []
-    book = genie.tokenizer.quantizer.codebook
-    for t in range(frames.shape[1] - 1):
-        genie.tokenizer.decode(book[tokens[:, t:t + 1]], decoder)
-        out.append(genie.tokenizer.decode(book[drawn[t + 1][:, None]], decoder.copy())[:, 0] > 0)
-    return torch.stack(out, dim=1).byte()
+    """Predict each next frame from the real past. (B, T, H, W), (B, T-1) -> (B, T-1, H, W)."""
+    tokens, real = genie.tokenizer.encode(frames)[1], genie.lam.encode(frames)[0]
+    state, made = genie.start(frames[:, 0]), []
+    for t in range(actions.shape[1]):
+        made.append(genie.step(state, actions[:, t], generator)[0])     # the new state is dropped:
+        genie.observe(state, tokens[:, t + 1], real[:, t])              # what really came goes in
+    return torch.stack(made, dim=1)
 
 
 @torch.no_grad()
@@ -1232,7 +1205,8 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     would make it look worse than it is), and as often as they occur (delta_psnr_marginal).
     """
     everything = torch.cat([genie.lam.encode(x)[1] for x in batches(genie, data, indices)])
-    marginal = torch.bincount(everything.flatten().cpu(), minlength=genie.config.num_actions).float()
+    marginal = torch.bincount(everything.flatten().cpu(),
+                              minlength=genie.config.num_actions).float()
     draws = {"random": (marginal > 0).float(), "marginal": marginal}
     names = ["inferred", "null", *draws]
     wrong = {name: [] for name in names}
@@ -1271,80 +1245,36 @@ def evaluate(genie, data, count):
 
 
 def print_table(result):
-    """The evaluation for a person to read, each number beside what it must beat."""
-    def show(value, digits=2):
-        return "not known" if value is None else f"{value:.{digits}f}"
-    tok, lam, dyn = result["tokenizer"], result["lam"], result["dynamics"]
-    rolled = ", ".join(f"{v:.0f} at {k}" for k, v in dyn["rollout_wrong_pixels"].items())
-    rows = [
-        ("tokenizer", "wrong pixels of 4,096", show(tok["wrong_pixels"]), ""),
-        ("", "IoU of white pixels", show(tok["iou"], 4), "1 is perfect"),
-        ("", "codes used", tok["codes_used"], f"perplexity {show(tok['perplexity'])}"),
-        ("actions", "wrong pixels", show(lam["wrong_pixels"]),
-         f"copying: {show(lam['copy_wrong_pixels'])}"),
-        ("", "actions used", lam["actions_used"], f"perplexity {show(lam['perplexity'])}"),
-        ("", "accuracy", show(lam["accuracy"], 3), f"chance: {show(lam['accuracy_chance'], 3)}"),
-        ("", "NMI with true actions", show(lam["nmi"], 3), "chance: 0, perfect: 1"),
-        ("dynamics", "delta PSNR, dB", show(dyn["delta_psnr"]),
-         f"null: {show(dyn['delta_psnr_null'])}"),
-        ("", "  against actions as they occur", show(dyn["delta_psnr_marginal"]), ""),
-        ("", "one step, wrong pixels", show(dyn["wrong_pixels_inferred"]),
-         f"random action: {show(dyn['wrong_pixels_random'])}, "
-         f"copying: {show(dyn['wrong_pixels_copy'])}"),
-        ("", "rollout, wrong pixels", rolled, "by generated frame"),
-    ]
-    for part, name, value, against in rows:
-        print(f"{part:10} {name:33} {value!s:>10}   {against}")
-
-
-def draw_rows(rows, labels, path, title=""):
-    """A picture of clips, one a row: rows of (T, 64, 64) with 0/1, lower index on top."""
-    from matplotlib.figure import Figure
-    width = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * (SIZE + 2), width * (SIZE + 2)), 0.5)
-    for i, row in enumerate(rows):
-        for t, frame in enumerate(row):
-            y, x = i * (SIZE + 2) + 1, t * (SIZE + 2) + 1
-            sheet[y:y + SIZE, x:x + SIZE] = np.asarray(frame)
-    figure = Figure(figsize=(1.5 + 0.8 * width, 0.4 + 0.8 * len(rows)), layout="constrained")
-    axes = figure.add_subplot(title=title)
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_yticks([(i + 0.5) * (SIZE + 2) for i in range(len(rows))], labels)
-    axes.set_xticks([])
-    with data_prep.written_whole(path) as file:
-        figure.savefig(file, dpi=100, format="png")
+    """The evaluation for a person to read; README, "The numbers", says what each one must beat."""
+    for part, numbers in result.items():
+        for name, value in numbers.items():
+            print(f"  {part:10} {name:22}", f"{value:9.3f}" if isinstance(value, float) else value)
 
 
 def draw_reconstruction(genie, data, indices, path):
     """Three real clips and what the tokenizer makes of them."""
-    rows, labels = [], []
-    for i in indices[:: max(1, len(indices) // 3)][:3]:
-        x = data.frames([i]).to(genie.dynamics.order.device)
-        rows += [x[0].cpu(), (genie.tokenizer(x)[0][0] > 0).cpu()]
-        labels += ["real", "decoded"]
-    draw_rows(rows, labels, path, "Video tokenizer: through 256 symbols a frame and back")
+    x = next(batches(genie, data, indices[:: max(1, len(indices) // 3)][:3]))
+    decoded = (genie.tokenizer(x)[0] > 0).byte()
+    rows = torch.stack([x, decoded], dim=1).flatten(0, 1).cpu()         # real, decoded, real, ...
+    data_prep.save_sheet(rows, ["real", "decoded"] * len(x), path, scale=1)
 
 
 def draw_rollout(genie, data, indices, path):
-    """Three clips: real, generated from frame 0 with the inferred actions, and with others."""
-    rows, labels = [], []
-    for i in indices[:: max(1, len(indices) // 3)][:3]:
-        x = data.frames([i]).to(genie.dynamics.order.device)
-        inferred = genie.lam.encode(x)[1]
-        for name, actions in (("inferred", inferred), ("shuffled", inferred.flip(1))):
-            made = genie.rollout(x[:, 0], actions, seeded(0))
-            rows += [x[0].cpu()] * (name == "inferred") + [torch.cat([x[0, :1], made[0]]).cpu()]
-            labels += ["real"] * (name == "inferred") + [name]
-    draw_rows(rows, labels, path, "One real frame, then the model's own, by the actions it is given")
+    """Three clips: real, then generated from frame 1 with the inferred and with other actions."""
+    x = next(batches(genie, data, indices[:: max(1, len(indices) // 3)][:3]))
+    inferred, rows = genie.lam.encode(x)[1], [x]
+    for actions in (inferred, inferred.flip(1)):
+        rows.append(torch.cat([x[:, :1], genie.rollout(x[:, 0], actions, seeded(0))], dim=1))
+    data_prep.save_sheet(torch.stack(rows, dim=1).flatten(0, 1).cpu(),
+                         ["real", "inferred", "reversed"] * len(x), path, scale=1)
 
 
-def draw_buttons(genie, frame, path, steps=12):
-    """What each button does: one start frame, each action held down for `steps` frames."""
-    actions = torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
-    first = torch.as_tensor(frame).expand(len(actions), SIZE, SIZE)
-    made = genie.rollout(first, actions, seeded(0)).cpu()
-    rows = [torch.cat([first[:1].cpu(), row]) for row in made]
-    draw_rows(rows, [f"action {a}" for a in range(len(rows))], path, "What each button does")
+def draw_buttons(genie, frame, path):
+    """What each button does: one start frame, each action held down; one action a row."""
+    actions = torch.arange(genie.config.num_actions)[:, None].expand(-1, CLIP - 1)
+    first = torch.as_tensor(frame, device=genie.device).expand(len(actions), SIZE, SIZE)
+    rows = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1)
+    data_prep.save_sheet(rows.cpu(), [f"action {a}" for a in range(len(rows))], path, scale=1)
 
 
 def draw_curves(rows, path):
@@ -1385,34 +1315,32 @@ def parse_actions(text, num_actions):
     return actions
 
 
+def first_frame(args, checkpoint):
+    """The (64, 64) frame that play starts from: --image, or frame 1 of sequence --start."""
+    if args.image is not None:
+        if args.start is not None:
+            raise UserError("--image and --start both name a first frame: give one of them")
+        return torch.from_numpy(data_prep.image_to_frame(args.image))
+    data, start = Sequences(find_data(args.data, checkpoint), args.split), args.start or 0
+    if not 0 <= start < len(data):
+        raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
+    return data.frames([start])[0, 0]
+
+
 def play(args):
     """`play`: from a dataset frame or an image, the frames that a list of buttons leads to."""
     if args.actions is None:
-        raise UserError("say which buttons to press, and where to save what happens:"
+        raise UserError("say which buttons to press and where to save what happens, such as:"
                         " play --actions 0,1,2 --out roll.gif")
-    if args.image is not None and args.start is not None:
-        raise UserError("--image and --start both name a first frame; give one of them")
-    out = data_prep.check_output(args.out, (".gif", ".png"), args.force)
-    path = checkpoint_path(args.run)
-    genie = Genie.load(path)
+    out = data_prep.check_output(args.out, (".gif",), args.force)
+    checkpoint = read_checkpoint(checkpoint_path(args.run))
+    genie = Genie.build(checkpoint)
     actions = parse_actions(args.actions, genie.config.num_actions)
-    if args.image is not None:
-        first = torch.from_numpy(data_prep.image_to_frame(args.image))
-    else:
-        data, start = Sequences(find_data(args, path), args.split), args.start or 0
-        if not 0 <= start < len(data):
-            raise UserError(f"--start {start}: {args.split} has sequences 0 to {len(data) - 1}")
-        first = data.frames([start])[0, 0]
-    began = time.monotonic()
+    first, began = first_frame(args, checkpoint), time.monotonic()
     made = genie.rollout(first[None], torch.tensor([actions]), seeded(args.seed))[0]
-    seconds = time.monotonic() - began
-    frames = torch.cat([first[None], made]).numpy()
-    if out.suffix.lower() == ".gif":
-        data_prep.save_gif(frames, out)
-    else:
-        draw_rows([frames[i:i + CLIP] for i in range(0, len(frames), CLIP)],
-                  [f"frame {i}" for i in range(0, len(frames), CLIP)], out)
-    print(f"{out}: {len(frames)} frames, generated at {len(actions) / seconds:.1f} a second")
+    speed = len(actions) / (time.monotonic() - began)
+    data_prep.save_gif(torch.cat([first[None], made]).numpy(), out)
+    print(f"{out}: the first frame and {len(actions)} generated, {speed:.1f} a second")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1468,7 +1396,7 @@ def bench_training(config, device):
 
 @torch.no_grad()
 def bench_play(config, device):
-    """Frames a second with the cache and without, at a full window of 16 frames; largest difference.
+    """Frames a second with and without the cache, at a full window of 16 frames.
 
     Without the cache each of the MaskGIT passes computes all 16 frames again.
     """
@@ -1533,109 +1461,92 @@ DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
 
 
-def write_json(result, path):
-    with data_prep.written_whole(path) as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
-
-
 def checkpoint_path(run):
-    """The checkpoint of a run folder; without one, the pretrained demo checkpoint."""
+    """The checkpoint in a run folder; without a run, the pretrained demo checkpoint."""
     if run is None:
         return DEMO_CHECKPOINT
     return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
 
 
-def find_data(args, checkpoint=None):
-    """--data, or else the checkpoint's own data, or else the demo world, rendered if need be."""
-    path = args.data
-    if path is None and checkpoint is not None:
-        path = torch.load(checkpoint, map_location="cpu", weights_only=True).get("data")
-    path = Path(path or DEMO_DATA)
+def find_data(data, checkpoint=None):
+    """The data file named, or the one a checkpoint was trained on, or the demo world."""
+    path = Path(data or (checkpoint or {}).get("data") or DEMO_DATA)
     if path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
     return path
 
 
-def flag_type(kind):
-    """An argparse type for a Config field; bool takes true or false."""
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-    return boolean if kind is bool else kind
+def write_json(result, path):
+    with data_prep.written_whole(path) as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())
+
+
+def given_fields(args):
+    """The Config fields that the command line names, as a dict."""
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+            if getattr(args, f.name) is not None}
 
 
 def make_config(args):
-    """Config from a preset and the flags that were given. Raises UserError."""
-    preset = args.preset
-    if preset is None:
-        preset = "full" if torch.cuda.is_available() else "laptop"
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose {', '.join(PRESETS)}")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-             if getattr(args, f.name, None) is not None}
-    config = Config(**{**PRESETS[preset], **given, "preset": preset})
+    """Config from the preset and the flags given. Raises UserError."""
+    given = {"preset": "full" if torch.cuda.is_available() else "laptop", **given_fields(args)}
+    config = Config(**{**PRESETS.get(given["preset"], {}), **given})
     check_config(config)
     return config
 
 
+def prepare(args):
+    """The Trainer of a new run, or of the run to resume. Raises UserError."""
+    if not args.resume:
+        config = make_config(args)
+        out = Path(args.out or f"runs/{config.preset}")
+        if (out / "checkpoint.pt").exists():
+            raise UserError(f"{out} already holds a run: go on with --resume --out {out}, or name"
+                            " another --out")
+        return Trainer(config, find_data(args.data), out)
+    if args.out is None:
+        raise UserError("--resume needs --out runs/NAME: which run should go on?")
+    checkpoint = read_checkpoint(checkpoint_path(args.out))
+    for name, value in given_fields(args).items():
+        if value != getattr(checkpoint["config"], name):
+            raise UserError(f"--{name} differs from the run's own value: a resumed run keeps its"
+                            " config, so leave the flag out, or start another run")
+    trainer = Trainer(checkpoint["config"], find_data(args.data, checkpoint), args.out)
+    trainer.resume(checkpoint)
+    return trainer
+
+
 def train(args):
-    """`train`: both stages from nothing, or on from a checkpoint, then an evaluation."""
-    if args.resume:
-        if args.out is None:
-            raise UserError("--resume needs --out runs/NAME: which run should go on?")
-        path = Path(args.out) / "checkpoint.pt"
-        checkpoint = read_checkpoint(path)
-        config, data = checkpoint["config"], args.data or checkpoint["data"]
-        changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-                   if getattr(args, f.name) not in (None, getattr(config, f.name))}
-        if changed:
-            raise UserError(f"--{next(iter(changed))} differs from the run's own value; a resumed run"
-                            " keeps its config, so leave the flag out or start another --out")
-    else:
-        config, checkpoint = make_config(args), None
-        args.out = args.out or f"runs/{config.preset}"
-        if (Path(args.out) / "checkpoint.pt").exists():
-            raise UserError(f"{args.out} already holds a run: continue it with --resume --out"
-                            f" {args.out}, or name another --out")
-        data = find_data(args)
-    trainer = Trainer(config, data, args.out)
-    if checkpoint:
-        trainer.resume(checkpoint, path)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    describe(trainer)
+    """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
+    trainer = prepare(args)
+    c, out, genie = trainer.c, trainer.out, trainer.genie
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"preset {c.preset} on {trainer.device}, data {trainer.data}, run in {out}\nparameters: "
+          + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
+                      for name, part in genie.named_children())
+          + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
+          " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
     signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
     if not trainer.run():
-        print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {args.out}")
+        print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
         return 130
-    result = evaluate(trainer.genie, Sequences(data, "test"), config.val_sequences)
-    write_json(result, Path(args.out) / "eval.json")
-    draw_buttons(trainer.genie, trainer.val_set.frames([0])[0, 0], Path(args.out) / "buttons.png")
-    print(f"\n{args.out}: on {config.val_sequences} sequences of the test split")
+    test = Sequences(trainer.data, "test")
+    result = evaluate(genie, test, c.val_sequences)
+    write_json(result, out / "eval.json")
+    draw_buttons(genie, test.frames([0])[0, 0], out / "buttons.png")
+    print(f"\non {c.val_sequences} sequences of the test split (also in {out / 'eval.json'}):")
     print_table(result)
     return 0
 
 
-def describe(trainer):
-    """Say what is about to be trained, on what, with how many parameters."""
-    c, genie = trainer.c, trainer.genie
-    print(f"preset {c.preset} on {trainer.device}; data {trainer.data}: {len(trainer.train_set):,}"
-          f" train and {len(trainer.val_set):,} val sequences; run in {trainer.out}")
-    print("parameters: " + ", ".join(
-        f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in (
-            ("tokenizer", genie.tokenizer), ("LAM", genie.lam), ("dynamics", genie.dynamics))))
-    print(f"steps: {c.tok_steps:,} of stage 1 (tokenizer), {c.dyn_steps:,} of stage 2 (world); the"
-          " log's ETA is for the stage, measured as it goes", flush=True)
-
-
 def eval_command(args):
-    """`eval`: measure a run on one split, as a table, a figure and JSON."""
-    path = checkpoint_path(args.run)
-    genie = Genie.load(path)
-    data = Sequences(find_data(args, path), args.split)
+    """`eval`: measure a run on one split, as a table, JSON and pictures."""
     if args.count < 1:
         raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
+    checkpoint = read_checkpoint(checkpoint_path(args.run))
+    genie = Genie.build(checkpoint)
+    data = Sequences(find_data(args.data, checkpoint), args.split)
     result = evaluate(genie, data, args.count)
     print_table(result)
     if args.json:
@@ -1644,28 +1555,15 @@ def eval_command(args):
         draw_rollout(genie, data, spread(data, args.count), args.figure)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an unknown flag is answered with the nearest one that exists."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see python genie_mini.py {self.prog.split()[-1]} --help")
-
-    def parse(self, argv):
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [flag for action in self.subcommands[args.command]._actions
-                     for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help"
-            raise UserError(f"unknown argument {unknown[0]}; {hint}")
-        return args
+def true_or_false(text):
+    """An argparse type for switches: `--lam_roll true`."""
+    return bool(("false", "true").index(text.lower()))
 
 
 def build_parser():
     """The commands and their flags; train and bench take every Config field as a flag."""
-    parser = Parser(description=__doc__.split("\n")[0],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    subcommands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    parser = data_prep.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
+    subcommands = parser.add_subparsers(dest="command", required=True)
     commands = {
         "train": (train, "train both stages (bare: demo world, preset by device)"),
         "eval": (eval_command, "measure a run against its baselines"),
@@ -1677,7 +1575,8 @@ def build_parser():
     add = {name: subcommands.choices[name].add_argument for name in commands}
     for name in ("train", "bench"):
         for f in dataclasses.fields(Config):
-            add[name]("--" + f.name, type=flag_type(f.type), metavar=f.type.__name__,
+            add[name]("--" + f.name, type=true_or_false if f.type is bool else f.type,
+                      metavar="true|false" if f.type is bool else f.type.__name__,
                       help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
     for name in ("train", "eval", "play"):
         add[name]("--data", help=f"a data file of data_prep.py [{DEMO_DATA}, rendered if missing]")
@@ -1693,10 +1592,10 @@ def build_parser():
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
     add["play"]("--actions", help="the buttons to press, such as 0,1,1,7")
-    add["play"]("--out", default="roll.gif", help=".gif, or .png for a strip [roll.gif]")
+    add["play"]("--out", default="roll.gif", help="the animation to write [roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
     add["play"]("--force", action="store_true", help="replace --out if it exists")
-    parser.subcommands = subcommands.choices
+    parser.commands = subcommands.choices
     return parser
 
 
