@@ -110,6 +110,8 @@ class Config:
     dyn_dim: int = setting(256, "model width", low=1)
     dyn_heads: int = setting(4, "attention heads", low=1)
     dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
+    dyn_window: int = setting(16, "frames that time attention reaches over, the present included;"
+                              " fewer = trained on shorter clips (departure)", low=1)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
@@ -687,7 +689,7 @@ class DynamicsModel(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.action = nn.Linear(c.latent_dim, c.dyn_dim, bias=False)    # no action (zeros) adds 0
         self.transformer = STTransformer(c.dyn_dim, c.dyn_heads, c.dyn_layers, side // c.dyn_fold,
-                                         CLIP, c.neighbour_start)
+                                         c.dyn_window, c.neighbour_start)
         self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
 
     def forward(self, tokens, masked, actions, cache=None, commit=True):
