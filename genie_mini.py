@@ -111,13 +111,17 @@ class Config:
     dyn_heads: int = setting(4, "attention heads", low=1)
     dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
     dyn_window: int = setting(16, "frames that time attention reaches over, the present included;"
-                              " fewer = trained on shorter clips (departure)", low=1)
+                              " fewer = faster, for a world with a short memory (departure)", low=2)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
     clean_frames: float = setting(0.0, "share of frames left unmasked in training (departure: at"
                                   " play the past is clean, in the paper's training never)",
                                   high=0.99)
+    action_noise: float = setting(0.0, "share of actions swapped for a random code when training"
+                                  " the dynamics (departure: the LAM calls a step into a wall"
+                                  " \"stay\", so what a button does there is otherwise never seen)",
+                                  high=1)
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
                                     " (departure: motion is local, so learning is faster)")
@@ -156,11 +160,12 @@ PRESETS = {
     "full": {},
     # A 2-core laptop, about half an hour: narrow, shallow, with every departure that helps.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=2500,
+        tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=800,
         lam_dim=128, lam_layers=2, lam_window=1, lam_input="diff", lam_roll=True,
-        lam_pool="changed", dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_frames=8, dyn_steps=4000,
-        clean_frames=0.5, neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4,
-        warmup=100, beta2=0.99, val_every=500),
+        lam_pool="changed", lam_unquantized=600, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_window=4, dyn_frames=4, dyn_steps=4500, clean_frames=0.5, action_noise=0.03,
+        neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4, warmup=100,
+        beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_window=2, tok_frames=4, tok_steps=60,
@@ -526,7 +531,7 @@ class VectorQuantizer(nn.Module):
     def reseed(self, z, codes, generator):
         """Move each of `codes` onto a vector of z drawn by the D^2 rule (none if all are codes)."""
         for code in codes:
-            weight = self.squared_distances(z).min(dim=1).values.double().cpu()
+            weight = self.squared_distances(z).min(dim=1).values.cpu().double()
             weight[weight < 1e-6] = 0                                   # rounding, not distance
             if weight.sum() == 0:
                 return
@@ -932,7 +937,14 @@ def world_losses(genie, frames, generator):
         tokens = genie.tokenizer.encode(frames)[1]                      # frozen
     logits, actions, chosen, commitment = genie.lam(frames, generator)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
-    dynamics = genie.dynamics.loss(tokens, actions.detach(), generator)  # stop-gradient
+    actions = actions.detach()                                          # stop-gradient
+    if genie.lam.quantizer.started:
+        codes = torch.randint(len(genie.lam.quantizer.codebook), actions.shape[:2],
+                              generator=generator)
+        swap = torch.rand(actions.shape[:2], generator=generator) < genie.config.action_noise
+        actions = torch.where(swap[..., None].to(actions.device),
+                              genie.lam.quantizer.codebook[codes.to(actions.device)], actions)
+    dynamics = genie.dynamics.loss(tokens, actions, generator)
     numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
     return pixel + commitment + dynamics, numbers, chosen
 
@@ -1030,9 +1042,10 @@ class Trainer:
         self.optimizer.zero_grad()
         quantizer = self.models[0].quantizer             # the tokenizer's, or the LAM's
         quantizer.update(generator)
-        used, perplexity = code_use(torch.cat(codes), len(quantizer.codebook))
-        return {"lr": lr, "grad_norm": max(norms), **numbers, "codes_used": used,
-                "perplexity": perplexity}
+        if quantizer.started:
+            used = code_use(torch.cat(codes), len(quantizer.codebook))
+            numbers["codes_used"], numbers["perplexity"] = used
+        return {"lr": lr, "grad_norm": max(norms), **numbers}
 
     @torch.no_grad()
     def validate(self):
@@ -1287,7 +1300,7 @@ def draw_curves(rows, path):
               ("world", "perplexity")]
     titles = ["tokenizer: pixel loss", "LAM: pixel loss", "dynamics: loss", "actions: perplexity"]
     for axes, (stage, name), title in zip(figure.subplots(1, 4), panels, titles):
-        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage]
+        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
         axes.set(title=title, xlabel="step")
         if points:
             axes.plot(*zip(*points))
@@ -1553,8 +1566,9 @@ def eval_command(args):
     print_table(result)
     if args.json:
         write_json(result, args.json)
-    if args.figure:
-        draw_rollout(genie, data, spread(data, args.count), args.figure)
+    figure = args.figure or (args.run and Path(args.run).is_dir() and Path(args.run) / "eval.png")
+    if figure:
+        draw_rollout(genie, data, spread(data, args.count), figure)
 
 
 def true_or_false(text):
@@ -1590,7 +1604,7 @@ def build_parser():
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
     add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
-    add["eval"]("--figure", help="also draw real and generated clips to this PNG")
+    add["eval"]("--figure", help="PNG of real and generated clips [eval.png in the run's folder]")
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
     add["play"]("--actions", help="the buttons to press, such as 0,1,1,7")
@@ -1609,6 +1623,8 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
