@@ -61,7 +61,6 @@ CLIP = 16                       # frames in a stored sequence
 # each. They all live here, one a line, with the reason beside it; `--help` prints the same reasons,
 # and every field is a flag of the same name. The defaults are the `full` preset: the card of this
 # project, that is Genie scaled down to 64x64 black-and-white video.
-# --------------------------------------------------------------------------------------------------
 
 
 def setting(default, why, low=0, high=math.inf, options=None):
@@ -206,7 +205,6 @@ def check_config(c):
 # bits they are, 55 MB. So the data stays packed in memory, one bit a pixel, and only a batch is
 # unpacked. And a run must be repeatable: which sequences step i sees follows from (seed, stage, i)
 # alone, so a resumed run sees just what an uninterrupted one would have.
-# --------------------------------------------------------------------------------------------------
 
 
 def seeded(*numbers):
@@ -261,7 +259,6 @@ class Sequences:
 # Time attention is causal: frame t sees frames <= t only. That does two things. It lets one pass
 # train a prediction for every frame. And it makes play cheap: a past frame never changes while a
 # new one is being refined, so its keys and values are kept (the cache below), not recomputed.
-# --------------------------------------------------------------------------------------------------
 
 
 def rotary_angles(positions, pairs):
@@ -450,7 +447,6 @@ def unpatchify(x, patch):
 # measures against it, both by the D^2 rule of k-means++ (pick a vector with probability in
 # proportion to its squared distance from the nearest code, so a copy of a live code never wins):
 # the codebook starts on real encoder outputs, and a code that nobody chose for long is re-seeded.
-# --------------------------------------------------------------------------------------------------
 
 
 class VectorQuantizer(nn.Module):
@@ -549,7 +545,6 @@ class VectorQuantizer(nn.Module):
 # compresses each 4x4 patch to one of 32 symbols: 256 symbols a frame, which the dynamics model will
 # handle like words. Encoder and decoder are ST-transformers, so a token can also say what it saw in
 # earlier frames (Genie, section 2.1: ST-ViViT), and never in later ones.
-# --------------------------------------------------------------------------------------------------
 
 
 def pixels(frames):
@@ -602,7 +597,6 @@ class VideoTokenizer(nn.Module):
 # But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up
 # in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_window and
 # lam_pool hide from the encoder whatever is not motion, so that a consistent code is the cheapest.
-# --------------------------------------------------------------------------------------------------
 
 
 class LatentActionModel(nn.Module):
@@ -611,7 +605,7 @@ class LatentActionModel(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.patch, self.input = c.lam_patch, c.lam_input
-        self.roll, self.pool = c.lam_roll, c.lam_pool
+        self.pool = c.lam_pool
         side = SIZE // c.lam_patch
         shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_window, c.neighbour_start)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
@@ -624,16 +618,15 @@ class LatentActionModel(nn.Module):
         self.decoder = STTransformer(*shape)
         self.to_pixels = nn.Linear(c.lam_dim, c.lam_patch ** 2)
 
-    def encode(self, frames, generator=None):
+    def encode(self, frames, shifts=None):
         """frames (B, T, H, W) -> quantized actions (B, T-1, L), indices (B, T-1), commitment.
 
-        Action t says what led from frame t to t+1, and has seen no frame later than t+1. In
-        training, with lam_roll, each clip is rolled by its own (dy, dx) drawn from `generator`.
+        Action t says what led from frame t to t+1, and has seen no frame later than t+1. Given
+        shifts (B, 2), the encoder sees each clip rolled by its own (dy, dx): see lam_roll.
         """
         x = pixels(frames)
-        if self.roll and self.training:
-            shifts = torch.randint(SIZE, (len(x), 2), generator=generator).tolist()
-            x = torch.stack([clip.roll(shift, (1, 2)) for clip, shift in zip(x, shifts)])
+        if shifts is not None:
+            x = torch.stack([x[b].roll(shifts[b].tolist(), (1, 2)) for b in range(len(x))])
         change = patchify((x[:, 1:] - x[:, :-1]) / 2, self.patch)       # (B, T-1, N, P): -1, 0, 1
         if self.input == "diff":
             x = self.encoder(self.embed(change))                        # (B, T-1, N, D)
@@ -652,9 +645,9 @@ class LatentActionModel(nn.Module):
         x = self.decoder(x + self.from_latent(actions)[:, :, None])     # the action, to every patch
         return unpatchify(self.to_pixels(x), self.patch).float()
 
-    def forward(self, frames, generator=None):
+    def forward(self, frames, shifts=None):
         """frames (B, T, H, W) -> logits of frames 2..T, then what encode returns."""
-        actions, indices, commitment = self.encode(frames, generator)
+        actions, indices, commitment = self.encode(frames, shifts)
         return self.decode(frames[:, :-1], actions), actions, indices, commitment
 
 
@@ -666,7 +659,6 @@ class LatentActionModel(nn.Module):
 # there). MaskGIT (Chang et al. 2022) is the middle: begin with all tokens masked, predict them all,
 # keep the most confident few, and repeat; ten passes, each seeing what the earlier ones decided.
 # Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
-# --------------------------------------------------------------------------------------------------
 
 
 def gumbel(shape, generator):
@@ -721,12 +713,17 @@ class DynamicsModel(nn.Module):
         masked[:, 0] = False
         return masked
 
-    def loss(self, tokens, actions, generator):
-        """Cross-entropy of the masked tokens. tokens (B, T, N); actions (B, T-1, L), detached."""
-        masked = self.random_mask(*tokens.shape[:2], generator).to(tokens.device)
-        logits = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))     # action t leads to t+1
-        loss = F.cross_entropy(logits[masked], tokens[masked])
-        return torch.nan_to_num(loss)                                   # no token masked: no loss
+    def loss(self, tokens, actions, masked):
+        """Mean cross-entropy of the masked tokens, in nats.
+
+        tokens, masked (B, T, N); actions (B, T-1, L): action t led to frame t+1. The sum is
+        divided by the expected number of masked tokens, not the number drawn, so that the losses
+        of micro-batches average to that of the whole batch.
+        """
+        logits = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))     # nothing led to frame 0
+        loss = F.cross_entropy(logits[masked], tokens[masked], reduction="sum")
+        rate = (1 + self.mask_min) / 2 * (1 - self.clean_frames)
+        return loss / (rate * tokens[:, 1:].numel())
 
     @torch.no_grad()
     def sample(self, cache, action, c, generator):
@@ -761,7 +758,6 @@ class DynamicsModel(nn.Module):
 # Problem: to play, the parts must meet in the right order: tokenize the first frame once; then, for
 # each press of a button, look the action up in the LAM's codebook, sample the next frame's tokens,
 # remember them, and decode them to pixels. That is the card's inference pipeline, in `step`.
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -848,7 +844,6 @@ class Genie(nn.Module):
 #
 # Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights,
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
-# --------------------------------------------------------------------------------------------------
 
 STAGES = ("tokenizer", "world")
 
@@ -924,27 +919,35 @@ def learning_rate(step, total, c):
     return warm * (c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
 
 
-def tokenizer_losses(genie, frames, generator):
+def tokenizer_losses(genie, frames):
     """Stage 1: draw each pixel again. frames (B, T, H, W) -> loss, numbers to log, codes chosen."""
     logits, tokens, commitment = genie.tokenizer(frames)
     pixel = F.binary_cross_entropy_with_logits(logits, frames.float())
     return pixel + commitment, {"pixel_loss": pixel, "commitment": commitment}, tokens
 
 
-def world_losses(genie, frames, generator):
+def world_noise(genie, batch, generator):
+    """The random numbers of a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
+
+    Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
+    """
+    c, T = genie.config, genie.config.dyn_frames
+    shifts = torch.randint(SIZE, (batch, 2), generator=generator) * c.lam_roll
+    codes = torch.randint(c.num_actions, (batch, T - 1), generator=generator)
+    keep = torch.rand(batch, T - 1, generator=generator) >= c.action_noise
+    return shifts, codes.masked_fill(keep, -1), genie.dynamics.random_mask(batch, T, generator)
+
+
+def world_losses(genie, frames, shifts, swaps, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
     with torch.no_grad():
         tokens = genie.tokenizer.encode(frames)[1]                      # frozen
-    logits, actions, chosen, commitment = genie.lam(frames, generator)
+    logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
-    actions = actions.detach()                                          # stop-gradient
-    if genie.lam.quantizer.started:
-        codes = torch.randint(len(genie.lam.quantizer.codebook), actions.shape[:2],
-                              generator=generator)
-        swap = torch.rand(actions.shape[:2], generator=generator) < genie.config.action_noise
-        actions = torch.where(swap[..., None].to(actions.device),
-                              genie.lam.quantizer.codebook[codes.to(actions.device)], actions)
-    dynamics = genie.dynamics.loss(tokens, actions, generator)
+    # Stop-gradient: the dynamics takes the actions as they are. A swap of -1 keeps the action.
+    swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]          # (B, T-1, L)
+    actions = torch.where(swaps[..., None] >= 0, swapped, actions.detach())
+    dynamics = genie.dynamics.loss(tokens, actions, masked)
     numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
     return pixel + commitment + dynamics, numbers, chosen
 
@@ -1020,15 +1023,16 @@ class Trainer:
         c = self.c
         for model in self.models:
             model.train()
-        losses = (tokenizer_losses, world_losses)[self.stage]
         length = (c.tok_frames, c.dyn_frames)[self.stage]
         frames = self.train_set.batch(c.seed, self.stage, self.step, c.batch, length)
         generator = seeded(c.seed, self.stage, self.step, 2)
-        parts = frames.split(min(c.micro_batch, c.batch))
-        numbers, codes = {}, []
+        noise = world_noise(self.genie, c.batch, generator) if self.stage else ()
+        losses = (tokenizer_losses, world_losses)[self.stage]
+        numbers, codes, size = {}, [], min(c.micro_batch, c.batch)
+        parts = list(zip(*(whole.split(size) for whole in (frames, *noise))))
         for part in parts:
             with autocast(c.precision, self.device):
-                loss, logged, chosen = losses(self.genie, part.to(self.device), generator)
+                loss, logged, chosen = losses(self.genie, *(t.to(self.device) for t in part))
             (loss / len(parts)).backward()
             codes.append(chosen)
             for name, value in logged.items():
@@ -1056,16 +1060,21 @@ class Trainer:
             draw_reconstruction(genie, self.val_set, some, self.out / "reconstruction.png")
         else:
             result = evaluate_lam(genie, self.val_set, some)
-            losses = [genie.dynamics.loss(genie.tokenizer.encode(x)[1], genie.lam.encode(x)[0],
-                                          seeded(i))
-                      for i, x in enumerate(batches(genie, self.val_set, some))]
-            result["dynamics_loss"] = torch.stack(losses).mean().item()
+            result["dynamics_loss"] = self.validation_loss(some)
             draw_rollout(genie, self.val_set, some, self.out / "rollout.png")
         if self.models[0].quantizer.started:
             for trouble in troubles(result, self.stage):
                 print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
         result = {"val_" + name: value for name, value in result.items()}
         return {name: result[name] for name in self.COLUMNS if name in result}
+
+    def validation_loss(self, some):
+        """The dynamics model's loss on the val split, with the same masks every time."""
+        def work(x, i):
+            masked = self.genie.dynamics.random_mask(*x.shape[:2], seeded(i)).to(self.device)
+            tokens, actions = self.genie.tokenizer.encode(x)[1], self.genie.lam.encode(x)[0]
+            return (self.genie.dynamics.loss(tokens, actions, masked)[None],)
+        return over_batches(self.genie, self.val_set, some, work)[0].mean().item()
 
     def log(self, row, seconds_per_step):
         """One line on the screen; metrics.csv and the curves written anew."""
@@ -1122,7 +1131,6 @@ def troubles(result, stage):
 # itself with other actions. delta_psnr (Genie, section 3: "Delta_t PSNR") is how much closer to the
 # video it gets with the inferred actions than with random ones; the null, which repeats the
 # inferred actions with another seed, tells how much of that could be luck.
-# --------------------------------------------------------------------------------------------------
 
 
 def spread(data, count):
@@ -1130,29 +1138,30 @@ def spread(data, count):
     return np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
 
 
-def batches(genie, data, indices, size=32):
-    """The sequences `indices` as batches (B, 16, 64, 64) on the model's device."""
+def over_batches(genie, data, indices, work, size=32):
+    """work(x, i) on each batch x (B, 16, 64, 64) of the sequences; its tensors joined over all."""
+    parts = []
     for i in range(0, len(indices), size):
-        yield data.frames(indices[i:i + size]).to(genie.device)
+        parts.append(work(data.frames(indices[i:i + size]).to(genie.device), i))
+    return [torch.cat(tensors).cpu() for tensors in zip(*parts)]
 
 
-def wrong_pixels(a, b):
-    """Mean count of differing pixels a frame; (..., H, W) of 0/1 each."""
-    return (a != b).sum((-2, -1)).float().mean().item()
+def wrong(a, b):
+    """Count of differing pixels of each frame: (..., H, W) of 0/1 twice -> (...) float."""
+    return (a != b).sum((-2, -1)).float()
 
 
 @torch.no_grad()
 def evaluate_tokenizer(genie, data, indices):
     """Reconstruction and code use: wrong_pixels, iou (of the white pixels), codes, perplexity."""
-    wrong, both, either, tokens = [], 0, 0, []
-    for x in batches(genie, data, indices):
-        logits, chosen, _ = genie.tokenizer(x)
-        y = (logits > 0).byte()
-        wrong.append(wrong_pixels(x, y) * len(x))
-        both, either = both + (x & y).sum().item(), either + (x | y).sum().item()
-        tokens.append(chosen)
-    used, perplexity = code_use(torch.cat(tokens), genie.config.tok_codes)
-    return {"wrong_pixels": sum(wrong) / len(indices), "iou": both / max(1, either),
+    def work(x, _):
+        logits, tokens, _ = genie.tokenizer(x)
+        return x, (logits > 0).byte(), tokens
+
+    x, drawn, tokens = over_batches(genie, data, indices, work)
+    used, perplexity = code_use(tokens, genie.config.tok_codes)
+    return {"wrong_pixels": wrong(x, drawn).mean().item(),
+            "iou": ((x & drawn).sum() / (x | drawn).sum().clamp_min(1)).item(),
             "codes_used": used, "perplexity": perplexity}
 
 
@@ -1163,8 +1172,7 @@ def compare_actions(latent, true):
     information over the mean of the two entropies: 1 = the same partition, 0 = unrelated.
     """
     joint = np.zeros((int(latent.max()) + 1, int(true.max()) + 1))
-    np.add.at(joint, (latent, true), 1)
-    joint /= joint.sum()
+    np.add.at(joint, (latent, true), 1 / len(latent))
     rows, columns = joint.sum(1), joint.sum(0)
 
     def entropy(p):
@@ -1179,16 +1187,13 @@ def compare_actions(latent, true):
 @torch.no_grad()
 def evaluate_lam(genie, data, indices):
     """The LAM against copying the last frame, and its codes against the true actions if known."""
-    wrong, copied, latent = [], [], []
-    for x in batches(genie, data, indices):
-        logits, _, chosen, _ = genie.lam(x)
-        wrong.append(wrong_pixels((logits > 0).byte(), x[:, 1:]) * len(x))
-        copied.append(wrong_pixels(x[:, :-1], x[:, 1:]) * len(x))
-        latent.append(chosen.cpu())
-    latent = torch.cat(latent)                                          # (S, 15)
+    def work(x, _):
+        logits, _, latent, _ = genie.lam(x)
+        return wrong(logits > 0, x[:, 1:]), wrong(x[:, :-1], x[:, 1:]), latent
+
+    missed, copied, latent = over_batches(genie, data, indices, work)   # each (S, 15)
     used, perplexity = code_use(latent, genie.config.num_actions)
-    result = {"wrong_pixels": sum(wrong) / len(indices),
-              "copy_wrong_pixels": sum(copied) / len(indices),
+    result = {"wrong_pixels": missed.mean().item(), "copy_wrong_pixels": copied.mean().item(),
               "actions_used": used, "perplexity": perplexity,
               "nmi": None, "accuracy": None, "accuracy_chance": None}
     if data.actions is not None:
@@ -1196,9 +1201,9 @@ def evaluate_lam(genie, data, indices):
     return result
 
 
-def psnr(wrong):
-    """Peak signal-to-noise ratio in dB of binary frames with this mean count of wrong pixels."""
-    return -10 * math.log10(max(wrong, 1e-3) / SIZE ** 2)           # MSE = share of wrong pixels
+def psnr(wrong_pixels):
+    """Peak signal-to-noise ratio in dB of binary frames; their MSE is the share of wrong pixels."""
+    return -10 * math.log10(max(wrong_pixels, 1e-3) / SIZE ** 2)
 
 
 @torch.no_grad()
@@ -1219,35 +1224,29 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     Random actions are drawn in two ways: evenly from the codes in use (psnr_random; dead codes
     would make it look worse than it is), and as often as they occur (delta_psnr_marginal).
     """
-    everything = torch.cat([genie.lam.encode(x)[1] for x in batches(genie, data, indices)])
-    marginal = torch.bincount(everything.flatten().cpu(),
-                              minlength=genie.config.num_actions).float()
-    draws = {"random": (marginal > 0).float(), "marginal": marginal}
-    names = ["inferred", "null", *draws]
-    wrong = {name: [] for name in names}
-    single = {"inferred": [], "random": [], "copy": []}
-    for i, x in enumerate(batches(genie, data, indices)):
+    (chosen,) = over_batches(genie, data, indices, lambda x, _: (genie.lam.encode(x)[1],))
+    marginal = torch.bincount(chosen.flatten(), minlength=genie.config.num_actions).float()
+
+    def work(x, i):
         inferred = genie.lam.encode(x)[1]                               # (B, 15)
-        actions = {"inferred": inferred, "null": inferred}
-        for name, weights in draws.items():
-            picks = torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
-            actions[name] = picks.view_as(inferred).to(inferred.device)
-        for k, name in enumerate(names):
-            steps = CLIP - 1 if name == "inferred" else t
-            made = genie.rollout(x[:, 0], actions[name][:, :steps], seeded(seed, i, k))
-            wrong[name].append((made != x[:, 1:1 + steps]).sum((-2, -1)).float().cpu())
-        single["copy"].append((x[:, :-1] != x[:, 1:]).sum((-2, -1)).float().cpu())
-        for name in ("inferred", "random"):
-            made = one_step(genie, x, actions[name], seeded(seed, i, 9))
-            single[name].append((made != x[:, 1:]).sum((-2, -1)).float().cpu())
-    at = {name: torch.cat(w)[:, t - 1].mean().item() for name, w in wrong.items()}
-    rolled = torch.cat(wrong["inferred"]).mean(0)                       # (15,)
-    return {"psnr_inferred": psnr(at["inferred"]), "psnr_random": psnr(at["random"]),
-            "delta_psnr": psnr(at["inferred"]) - psnr(at["random"]),
-            "delta_psnr_null": psnr(at["inferred"]) - psnr(at["null"]),
-            "delta_psnr_marginal": psnr(at["inferred"]) - psnr(at["marginal"]),
-            **{"wrong_pixels_" + name: torch.cat(w).mean().item() for name, w in single.items()},
-            "rollout_wrong_pixels": {str(n): rolled[n - 1].item() for n in (4, 8, 15)}}
+        draw = [torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
+                for weights in ((marginal > 0).float(), marginal)]
+        uniform, usual = (picks.view_as(inferred).to(inferred.device) for picks in draw)
+        plans = (inferred, inferred[:, :t], uniform[:, :t], usual[:, :t])
+        rolled = [wrong(genie.rollout(x[:, 0], actions, seeded(seed, i, k)),
+                        x[:, 1:actions.shape[1] + 1]) for k, actions in enumerate(plans)]
+        single = [wrong(one_step(genie, x, actions, seeded(seed, i, 9)), x[:, 1:])
+                  for actions in (inferred, uniform)]
+        return *rolled, *single, wrong(x[:, :-1], x[:, 1:])
+
+    rolled, null, uniform, usual, *single = over_batches(genie, data, indices, work)
+    best, null, uniform, usual = (psnr(w[:, t - 1].mean().item())
+                                  for w in (rolled, null, uniform, usual))
+    names = ("wrong_pixels_inferred", "wrong_pixels_random", "wrong_pixels_copy")
+    return {"psnr_inferred": best, "psnr_random": uniform, "delta_psnr": best - uniform,
+            "delta_psnr_null": best - null, "delta_psnr_marginal": best - usual,
+            **{name: w.mean().item() for name, w in zip(names, single)},
+            "rollout_wrong_pixels": {str(n): rolled[:, n - 1].mean().item() for n in (4, 8, 15)}}
 
 
 def evaluate(genie, data, count):
@@ -1266,17 +1265,21 @@ def print_table(result):
             print(f"  {part:10} {name:22}", f"{value:9.3f}" if isinstance(value, float) else value)
 
 
+def three_clips(genie, data, indices):
+    """Three sequences (3, 16, 64, 64) to draw, spread over `indices`."""
+    return data.frames(indices[:: max(1, len(indices) // 3)][:3]).to(genie.device)
+
+
 def draw_reconstruction(genie, data, indices, path):
     """Three real clips and what the tokenizer makes of them."""
-    x = next(batches(genie, data, indices[:: max(1, len(indices) // 3)][:3]))
-    decoded = (genie.tokenizer(x)[0] > 0).byte()
-    rows = torch.stack([x, decoded], dim=1).flatten(0, 1).cpu()         # real, decoded, real, ...
-    data_prep.save_sheet(rows, ["real", "decoded"] * len(x), path, scale=1)
+    x = three_clips(genie, data, indices)
+    rows = torch.stack([x, (genie.tokenizer(x)[0] > 0).byte()], dim=1)  # real, decoded, real, ...
+    data_prep.save_sheet(rows.flatten(0, 1).cpu(), ["real", "decoded"] * len(x), path, scale=1)
 
 
 def draw_rollout(genie, data, indices, path):
     """Three clips: real, then generated from frame 1 with the inferred and with other actions."""
-    x = next(batches(genie, data, indices[:: max(1, len(indices) // 3)][:3]))
+    x = three_clips(genie, data, indices)
     inferred, rows = genie.lam.encode(x)[1], [x]
     for actions in (inferred, inferred.flip(1)):
         rows.append(torch.cat([x[:, :1], genie.rollout(x[:, 0], actions, seeded(0))], dim=1))
@@ -1315,7 +1318,6 @@ def draw_curves(rows, path):
 #
 # Problem: a world model is convincing when you press a button and see what happens. Begin at a real
 # frame or at any picture, press buttons, and save what the model dreams as an animation.
-# --------------------------------------------------------------------------------------------------
 
 
 def parse_actions(text, num_actions):
@@ -1364,7 +1366,6 @@ def play(args):
 # Problem: "fast" means little across machines. So bench first measures what this machine can do at
 # all (a large matrix product), and then gives each speed as a share of that, or as a ratio of two
 # ways measured side by side.
-# --------------------------------------------------------------------------------------------------
 
 
 def median_seconds(work, repeats=5):
@@ -1389,16 +1390,17 @@ def bench_training(config, device):
     """Sequences a second of a training step (micro-batch) of each stage, and share of GEMM peak."""
     from torch.utils.flop_counter import FlopCounterMode
     genie, peak, result = Genie(config).to(device), gemm_peak(device), {}
+    size = min(config.micro_batch, config.batch)
     for name, losses, length in (("tokenizer", tokenizer_losses, config.tok_frames),
                                  ("world", world_losses, config.dyn_frames)):
-        model = genie.train() if name == "tokenizer" else genie
-        model.tokenizer.train(name == "tokenizer")
-        size = min(config.micro_batch, config.batch)
-        frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8, device=device)
+        genie.train().tokenizer.train(name == "tokenizer")
+        frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8)
+        noise = world_noise(genie, size, seeded(0)) if name == "world" else ()
+        inputs = [t.to(device) for t in (frames, *noise)]
 
         def work():
             with autocast(config.precision, device):
-                losses(genie, frames, seeded(0))[0].backward()
+                losses(genie, *inputs)[0].backward()
             genie.tokenizer.quantizer.seen, genie.lam.quantizer.seen = [], []
 
         with FlopCounterMode(display=False) as counter:
@@ -1411,32 +1413,30 @@ def bench_training(config, device):
 
 @torch.no_grad()
 def bench_play(config, device):
-    """Frames a second with and without the cache, at a full window of 16 frames.
+    """Frames a second with and without the cache, when the window of past frames is full.
 
-    Without the cache each of the MaskGIT passes computes all 16 frames again.
+    Without the cache each of the MaskGIT passes computes the whole window again.
     """
-    genie = Genie(config).to(device).eval()
-    generator, model = seeded(0), genie.dynamics
-    tokens = torch.randint(config.tok_codes, (1, CLIP, model.tokens_per_frame), device=device)
+    genie, T = Genie(config).to(device).eval(), config.dyn_window
+    tokens = torch.randint(config.tok_codes, (1, T, genie.dynamics.tokens_per_frame), device=device)
     masked = torch.zeros_like(tokens, dtype=torch.bool)
     masked[:, -1] = True
-    actions = torch.randn(1, CLIP, config.latent_dim, device=device)
-    cache = Cache(config.dyn_layers)
-    model.remember(tokens[:, :-1], actions[:, :-1], cache)
-    state = PlayState(cache, Cache(config.tok_layers))
-    genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens[:, :-1]], state.decoder)
+    actions = torch.randn(1, T, config.latent_dim, device=device)
+    state = PlayState(Cache(config.dyn_layers), Cache(config.tok_layers))
+    for t in range(T - 1):
+        genie.observe(state, tokens[:, t], actions[:, t])
 
     def uncached():
         for _ in range(config.maskgit_steps):
-            logits = model(tokens, masked, actions)
+            logits = genie.dynamics(tokens, masked, actions)
         genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens])
-        return logits[:, -1]
+        return logits[:, -1:]
 
-    fast = median_seconds(lambda: genie.step(state, 0, generator), repeats=3)
+    fast = median_seconds(lambda: genie.step(state, 0, seeded(0)), repeats=3)
     slow = median_seconds(uncached, repeats=3)
-    again = model(tokens[:, -1:], masked[:, -1:], actions[:, -1:], cache, commit=False)[:, 0]
+    cached = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
     return {"fps": 1 / fast, "fps_uncached": 1 / slow, "speedup": slow / fast,
-            "max_abs_diff": (again - uncached()).abs().max().item()}
+            "max_abs_diff": (cached - uncached()).abs().max().item()}
 
 
 def peak_memory():
@@ -1470,7 +1470,6 @@ def bench(args):
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
-# --------------------------------------------------------------------------------------------------
 
 DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
@@ -1543,7 +1542,9 @@ def train(args):
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
     signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
-    if not trainer.run():
+    finished = trainer.run()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not finished:
         print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
         return 130
     test = Sequences(trainer.data, "test")
@@ -1620,7 +1621,7 @@ def main(argv=None):
     try:
         args = build_parser().parse(argv)
         return args.function(args) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:                # OSError: a full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
