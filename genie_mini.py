@@ -128,8 +128,8 @@ class Config:
     commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
     codebook_decay: float = setting(0.99, "moving-average decay of the codebook", high=0.9999)
     dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
-    tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts: k-means++"
-                                   " needs encoder outputs that differ")
+    tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts (half of a"
+                                   " shorter run): k-means++ needs encoder outputs that differ")
     lam_unquantized: int = setting(0, "the same for the latent action model")
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
@@ -564,7 +564,7 @@ class VideoTokenizer(nn.Module):
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
         self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim, c.codebook_decay, c.dead_after,
-                                         c.commitment, c.tok_unquantized)
+                                         c.commitment, min(c.tok_unquantized, c.tok_steps // 2))
         self.from_latent = nn.Linear(c.latent_dim, c.tok_dim)
         self.decoder = STTransformer(*shape)
         self.to_pixels = nn.Linear(c.tok_dim, c.tok_patch ** 2)
@@ -604,15 +604,15 @@ class LatentActionModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.patch, self.input = c.lam_patch, c.lam_input
-        self.pool = c.lam_pool
+        self.patch, self.input, self.pool = c.lam_patch, c.lam_input, c.lam_pool
         side = SIZE // c.lam_patch
         shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_window, c.neighbour_start)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
         self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
-                                         c.dead_after, c.commitment, c.lam_unquantized)
+                                         c.dead_after, c.commitment,
+                                         min(c.lam_unquantized, c.dyn_steps // 2))
         self.embed_past = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.from_latent = nn.Linear(c.latent_dim, c.lam_dim)
         self.decoder = STTransformer(*shape)
@@ -735,7 +735,7 @@ class DynamicsModel(nn.Module):
         """
         B, N = len(action), self.tokens_per_frame
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
-        masked = torch.ones_like(tokens, dtype=torch.bool)
+        masked, left = torch.ones_like(tokens, dtype=torch.bool), N
         for step in range(c.maskgit_steps):
             logits = self(tokens, masked, action[:, None], cache, commit=False)  # (B, 1, N, K)
             noise = gumbel(logits.shape, generator).to(logits.device)
@@ -744,11 +744,11 @@ class DynamicsModel(nn.Module):
             progress = (step + 1) / c.maskgit_steps
             order_noise = gumbel(surety.shape, generator).to(logits.device)
             surety = surety + c.order_noise * (1 - progress) * order_noise
-            stay_masked = math.floor(N * math.cos(math.pi / 2 * progress))
-            commit = int(masked[0].sum()) - stay_masked
-            best = surety.masked_fill(~masked, -torch.inf).topk(commit, dim=-1).indices
+            stay = math.floor(N * math.cos(math.pi / 2 * progress))     # 0 after the last pass
+            best = surety.masked_fill(~masked, -torch.inf).topk(left - stay, dim=-1).indices
             tokens.scatter_(-1, best, guess.gather(-1, best))
             masked.scatter_(-1, best, False)
+            left = stay
         return tokens[:, 0]
 
 
@@ -1287,9 +1287,14 @@ def draw_rollout(genie, data, indices, path):
                          ["real", "inferred", "reversed"] * len(x), path, scale=1)
 
 
+def held_buttons(genie, steps=CLIP - 1):
+    """The plan (num_actions, steps) that holds down each button: the quickest look at a world."""
+    return torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
+
+
 def draw_buttons(genie, frame, path):
     """What each button does: one start frame, each action held down; one action a row."""
-    actions = torch.arange(genie.config.num_actions)[:, None].expand(-1, CLIP - 1)
+    actions = held_buttons(genie)
     first = torch.as_tensor(frame, device=genie.device).expand(len(actions), SIZE, SIZE)
     rows = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1)
     data_prep.save_sheet(rows.cpu(), [f"action {a}" for a in range(len(rows))], path, scale=1)
@@ -1345,19 +1350,19 @@ def first_frame(args, checkpoint):
 
 
 def play(args):
-    """`play`: from a dataset frame or an image, the frames that a list of buttons leads to."""
-    if args.actions is None:
-        raise UserError("say which buttons to press and where to save what happens, such as:"
-                        " play --actions 0,1,2 --out roll.gif")
+    """`play`: a GIF of what the buttons in --actions do; without them, of each one held down."""
     out = data_prep.check_output(args.out, (".gif",), args.force)
     checkpoint = read_checkpoint(checkpoint_path(args.run))
     genie = Genie.build(checkpoint)
-    actions = parse_actions(args.actions, genie.config.num_actions)
-    first, began = first_frame(args, checkpoint), time.monotonic()
-    made = genie.rollout(first[None], torch.tensor([actions]), seeded(args.seed))[0]
-    speed = len(actions) / (time.monotonic() - began)
-    data_prep.save_gif(torch.cat([first[None], made]).numpy(), out)
-    print(f"{out}: the first frame and {len(actions)} generated, {speed:.1f} a second")
+    plan = held_buttons(genie)
+    if args.actions is not None:
+        plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
+    first, began = first_frame(args, checkpoint).expand(len(plan), SIZE, SIZE), time.monotonic()
+    made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
+    speed = plan.numel() / (time.monotonic() - began)
+    panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
+    data_prep.save_gif(panels[0] if len(plan) == 1 else data_prep.beside(panels), out)
+    print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1608,7 +1613,7 @@ def build_parser():
     add["eval"]("--figure", help="PNG of real and generated clips [eval.png in the run's folder]")
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
-    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7")
+    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [hold each one]")
     add["play"]("--out", default="roll.gif", help="the animation to write [roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
     add["play"]("--force", action="store_true", help="replace --out if it exists")

@@ -1,10 +1,29 @@
-"""Tests of data_prep.py. Each docstring says what it means when the test fails."""
+"""The tests of data_prep.py (first half) and genie_mini.py (second half).
 
+How to run them, from the folder of this file; all are offline, on the CPU, and the same each time:
+
+    python -m pytest -q test_genie_mini.py                 everything, a minute or two
+    python -m pytest -q test_genie_mini.py -k leak         only the tests whose name has "leak"
+
+How to read them: each docstring says what it means when the test fails. The tests of the model take
+the module they test as an argument, `gm`; left alone it is genie_mini. The section "Planted bugs"
+uses that: it breaks a copy of genie_mini.py in one place (the action off by one frame, the causal
+mask dropped ...) and demands that the test which guards the place fails on it. So those tests are
+known to be able to fail. If you change genie_mini.py and a planted bug's text is no longer there,
+write the bug anew for the new text.
+"""
+
+import inspect
 import json
+import math
+import pickle
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tracemalloc
+import types
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +31,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data_prep as dp
+import genie_mini
 
 # --- helpers: videos whose every frame carries its own number --------------------------------
 
@@ -43,6 +66,7 @@ def encode(path, pictures, times, rate=30, codec="libx264", time_base=Fraction(1
         stream.codec_context.time_base = time_base
         if codec == "libx264":
             stream.options = {"preset": "ultrafast", "crf": "8", "bf": "2"}
+            stream.codec_context.thread_count = 1       # the same bytes whatever the machine
         for picture, now in zip(pictures, times):
             frame = av.VideoFrame.from_ndarray(picture.repeat(3).reshape(*picture.shape, 3))
             frame.pts, frame.time_base = round(now / time_base), time_base
@@ -388,7 +412,7 @@ def test_damage_in_the_middle_is_skipped(tmp_path, capsys):
     """Failing means that one broken spot makes a whole video unusable, or passes unmentioned."""
     video = numbered_video(tmp_path / "v.mkv", steady(30, 10), time_base=Fraction(1, 1000))
     data = bytearray(video.read_bytes())
-    data[len(data) // 2:len(data) // 2 + 3000] = bytes(3000)
+    data[len(data) // 2:len(data) // 2 + 300] = bytes(300)
     video.write_bytes(data)
     assert dp.main(["video", str(video), "-o", str(tmp_path / "out.npz")]) == 0
     assert "warning" in capsys.readouterr().err
@@ -599,3 +623,1776 @@ def test_image_to_frame(tmp_path):
         (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
         with pytest.raises(dp.UserError):
             dp.image_to_frame(tmp_path / bad)
+
+
+# ==================================================================================================
+# The model: genie_mini.py
+# ==================================================================================================
+
+# --- helpers: small models, small batches -----------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+def tiny(gm, **changes):
+    """A Config so small that a training step takes milliseconds: 4x4 patches of 16x16 pixels."""
+    values = dict(
+        device="cpu", precision="float32", tok_patch=16, tok_dim=16, tok_heads=2, tok_layers=1,
+        tok_codes=8, tok_unquantized=2, tok_frames=4, lam_patch=16, lam_dim=16, lam_heads=2,
+        lam_layers=1, dyn_dim=16, dyn_heads=2, dyn_layers=2, dyn_frames=4, latent_dim=4, batch=8,
+        micro_batch=8, warmup=10, lr=3e-3, min_lr=3e-3, maskgit_steps=3, val_sequences=2)
+    return gm.Config(**{**values, **changes})
+
+
+def tiny_genie(gm, seed=0, **changes):
+    """A Genie with random weights, and random codebooks in use."""
+    torch.manual_seed(seed)
+    genie = gm.Genie(tiny(gm, **changes)).eval()
+    for quantizer in (genie.tokenizer.quantizer, genie.lam.quantizer):
+        quantizer.codebook.normal_()
+        quantizer.started.fill_(True)
+    return genie
+
+
+def tiny_trainer(gm, data, out, stage=0, **changes):
+    """A Trainer of a tiny model at the beginning of a stage."""
+    out.mkdir(exist_ok=True)
+    trainer = gm.Trainer(tiny(gm, **changes), data, out)
+    trainer.enter_stage(stage)
+    return trainer
+
+
+def weights_of(module):
+    """A copy of all weights and buffers: {name: tensor}."""
+    return {name: t.clone() for name, t in module.state_dict().items()}
+
+
+def random_frames(*shape):
+    """Frames of noise: (*shape, 64, 64) uint8 of 0 and 1."""
+    return torch.randint(2, (*shape, 64, 64), dtype=torch.uint8)
+
+
+def close(a, b, tolerance=1e-5):
+    """Are two tensors equal to within a tolerance?"""
+    return (a - b).abs().max().item() <= tolerance
+
+
+# --- no model sees the future -----------------------------------------------------------------
+
+CAUSAL = ("tokenizer encoder", "tokenizer decoder", "LAM encoder", "LAM encoder of differences",
+          "LAM decoder, frames", "LAM decoder, actions", "dynamics, tokens", "dynamics, actions")
+
+
+def causal_function(gm, name, window, T):
+    """A part of the model as a function of one input, and two inputs to try: (2, B, T, ...).
+
+    The quantizers let everything through, so that no change is lost in rounding to a code.
+    """
+    genie = tiny_genie(gm, tok_window=window, lam_window=window, dyn_window=window, dyn_layers=1,
+                       lam_input="diff" if "differences" in name else "frames")
+    genie.tokenizer.quantizer.started.fill_(False)
+    genie.lam.quantizer.started.fill_(False)
+    frames, actions = random_frames(2, 2, T), torch.randn(2, 2, T, 4)
+    tokens = torch.randint(8, (2, 2, T, 16))
+    visible = torch.zeros(tokens[0].shape, dtype=torch.bool)
+    tokenizer, lam, dynamics = genie.tokenizer, genie.lam, genie.dynamics
+    return {
+        "tokenizer encoder": (lambda x: tokenizer.encode(x)[0], frames),
+        "tokenizer decoder": (tokenizer.decode, torch.randn(2, 2, T, 16, 4)),
+        "LAM encoder": (lambda x: lam.encode(x)[0], frames),
+        "LAM encoder of differences": (lambda x: lam.encode(x)[0], frames),
+        "LAM decoder, frames": (lambda x: lam.decode(x, actions[0]), frames),
+        "LAM decoder, actions": (lambda a: lam.decode(frames[0], a), actions),
+        "dynamics, tokens": (lambda x: dynamics(x, visible, actions[0]), tokens),
+        "dynamics, actions": (lambda a: dynamics(tokens[0], visible, a), actions),
+    }[name]
+
+
+@torch.no_grad()
+def changed(function, x, other, where):
+    """Which output frames change when the frames `where` (a slice) of x are replaced."""
+    mixed = x.clone()
+    mixed[:, where] = other[:, where]
+    difference = (function(mixed) - function(x)).abs()                  # (B, T, ...)
+    return (difference.flatten(2).amax((0, 2)) > 1e-6).tolist()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_future_leak(name, gm=genie_mini):
+    """Failing means that a frame is predicted with the answer in view: training would look superb
+    and play would be worthless. Or that a model does not see what it should.
+
+    Frames t.. are replaced by noise: outputs before t must stay, all from t on must change. The
+    LAM's action t (from frame t to t+1) may and must see frame t+1: it changes one step earlier.
+    """
+    function, (x, other) = causal_function(gm, name, window=4, T=7)
+    early = 1 if name.startswith("LAM encoder") else 0
+    for t in range(7):
+        seen = changed(function, x, other, slice(t, None))
+        assert len(seen) == 7 - early and seen == [i >= t - early for i in range(len(seen))], t
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_window(name, gm=genie_mini):
+    """Failing means that time attention reaches over more or fewer frames than its window, so that
+    play (which forgets what is out of the window) would differ from training.
+
+    One frame is replaced; with one layer, it matters to itself and the window - 1 frames after it.
+    """
+    function, (x, other) = causal_function(gm, name, window=3, T=7)
+    early = 1 if name.startswith("LAM encoder") else 0
+    last = 4 if "differences" in name else 3            # a frame is in two differences
+    for t in (0, 1):
+        seen = changed(function, x, other, slice(t, t + 1))
+        assert seen == [t - early <= i < t - early + last for i in range(len(seen))], t
+
+
+def test_lam_decoder_does_not_see_its_target(gm=genie_mini):
+    """Failing means that the LAM can redraw frame t+1 by looking at it: no need for actions.
+
+    With the actions held fixed, prediction t must not depend on frame t+1.
+    """
+    lam, (x, other) = tiny_genie(gm).lam, random_frames(2, 2, 5)
+    actions = torch.randn(2, 4, 4)
+    lam.encode = lambda frames, *_: (actions, None, None)
+    for t in range(4):
+        seen = changed(lambda frames: lam(frames)[0], x, other, slice(t + 1, None))
+        assert seen == [i > t for i in range(4)]
+
+
+class Copy(nn.Module):
+    """Stands in for a transformer: hands its input on."""
+
+    def forward(self, x, cache=None, commit=True):
+        return x
+
+
+def test_lam_pools_over_the_changed_patches(gm=genie_mini):
+    """Failing means that the many patches where nothing happens drown the few that changed.
+
+    Only patch 6 changes, by its first pixel; with no transformer in between, its embedding alone
+    must be what is pooled. With the mean as in the paper, all 16 count alike.
+    """
+    frames = torch.zeros(1, 2, 64, 64, dtype=torch.uint8)
+    frames[0, 1, 16, 32] = 1                                            # row 1, column 2 of 4 x 4
+    change = torch.zeros(16, 256)
+    change[6, 0] = 1
+    for pool in ("changed", "mean"):
+        lam = tiny_genie(gm, lam_input="diff", lam_pool=pool).lam
+        lam.encoder = Copy()
+        lam.quantizer.started.fill_(False)
+        patches = lam.embed(change)                                     # (N, D)
+        expected = patches[6] if pool == "changed" else patches.mean(0)
+        assert close(lam.encode(frames)[0][0, 0], lam.to_latent(expected)), pool
+        assert torch.isfinite(lam.encode(frames[:, [0, 0]])[0]).all(), "nothing changed"
+
+
+# --- each model can learn one batch by heart ---------------------------------------------------
+
+
+class OneBatch:
+    """Stands in for the training set: every step sees the same frames."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def batch(self, *_):
+        return self.frames
+
+
+def overfit(trainer, frames, steps):
+    """Train on one batch. Returns the numbers of the last step."""
+    trainer.train_set = OneBatch(frames)
+    for trainer.step in range(steps):
+        numbers = trainer.one_step()
+    trainer.genie.eval()
+    return numbers
+
+
+def test_tokenizer_overfits(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that the tokenizer cannot even learn one batch: something in it, in its loss,
+    in the quantizer or in the training step is broken.
+
+    Frames of random arrangements of 6 patterns: only the tokens can tell which pattern is where.
+    """
+    torch.manual_seed(0)
+    patterns = torch.randint(2, (6, 256), dtype=torch.uint8)
+    frames = gm.unpatchify(patterns[torch.randint(6, (8, 2, 16))], 16)  # (8, 2, 64, 64)
+    trainer = tiny_trainer(gm, demo_file, tmp_path, tok_dim=32, tok_unquantized=40)
+    numbers = overfit(trainer, frames, 250)
+    logits, tokens, _ = trainer.genie.tokenizer(frames)
+    assert ((logits > 0) != frames).sum() == 0
+    assert numbers["pixel_loss"] < 0.03 and numbers["codes_used"] >= 6
+    assert len(tokens.unique()) >= 6
+
+
+def lam_batch(gm):
+    """One first frame with 4 possible successors, each twice: (8, 2, 64, 64)."""
+    patterns = torch.randint(2, (5, 1, 1, 256), dtype=torch.uint8, generator=gm.seeded(0))
+    frames = gm.unpatchify(patterns.expand(5, 1, 16, 256), 16)          # each pattern 16 times
+    return torch.stack([torch.cat([frames[0], frames[1 + i % 4]]) for i in range(8)])
+
+
+def test_lam_overfits(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that the LAM does not learn to put what happens into its codes.
+
+    The same first frame has four successors of random pixels, so without the action hundreds of
+    pixels are wrong; and the code, not the clip, must decide: with another clip's code, the LAM
+    must draw that clip's successor.
+    """
+    trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, lam_dim=32, lam_unquantized=50,
+                           dyn_layers=1, dyn_frames=2)
+    frames = lam_batch(gm)
+    numbers = overfit(trainer, frames, 150)
+    lam = trainer.genie.lam
+    logits, actions, indices, _ = lam(frames)
+    assert gm.wrong(logits > 0, frames[:, 1:]).max() < 5
+    assert numbers["pixel_loss"] < 0.03
+    assert (indices[:4] == indices[4:]).all() and len(indices[:4].unique()) == 4
+    swapped = lam.decode(frames[:, :1], actions.roll(1, 0)) > 0          # another clip's action
+    assert gm.wrong(swapped, frames[:, 1:].roll(1, 0)).max() < 5
+
+
+def test_dynamics_overfits(gm=genie_mini):
+    """Failing means that the dynamics model does not learn which action leads to which frame.
+
+    All is masked, and the same first frame has four successors of random tokens: only the action
+    tells which. Then sampling must give them back, token for token.
+    """
+    c = tiny(gm, mask_min=1.0, temperature=0.0, maskgit_steps=1, dyn_dim=32)
+    torch.manual_seed(0)
+    model = gm.DynamicsModel(c)
+    tokens = torch.randint(8, (4, 2, 16))
+    tokens[:, 0] = tokens[0, 0]
+    actions = torch.eye(4)[:, None]                                     # (B, 1, L)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for step in range(200):
+        loss = model.loss(tokens, actions, model.random_mask(4, 2, gm.seeded(step)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.02, "a guess without the action costs about 1"
+    cache = gm.Cache(c.dyn_layers)
+    model(tokens[:, :1], torch.zeros(4, 1, 16, dtype=torch.bool), torch.zeros(4, 1, 4), cache)
+    assert (model.sample(cache, actions[:, 0], c, gm.seeded(0)) == tokens[:, 1]).all()
+
+
+# --- vector quantizer, against numbers worked out by hand --------------------------------------
+
+CODES = [[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]
+VECTORS = [[0.6, 0.1], [-0.1, 0.9], [0.1, 1.2]]    # squared distances 0.37 0.17 3.97 | 0.82 2.02
+NEAREST = [1, 0, 2]                                # 1.22 | 1.45 2.25 0.65
+
+
+def make_quantizer(gm, codes=CODES, started=True, decay=0.9, dead_after=100, unquantized=0):
+    """A quantizer in training mode with these codes, as if each had been chosen once."""
+    codes = torch.tensor(codes)
+    quantizer = gm.VectorQuantizer(*codes.shape, decay, dead_after, 0.25, unquantized)
+    quantizer.codebook.copy_(codes)
+    quantizer.ema_sum.copy_(codes)
+    quantizer.started.fill_(started)
+    return quantizer
+
+
+def test_quantizer_picks_the_nearest_code(gm=genie_mini):
+    """Failing means that vectors are replaced by a wrong code, or the loss has a wrong weight."""
+    quantized, indices, loss = make_quantizer(gm)(torch.tensor([VECTORS]))
+    assert indices.tolist() == [NEAREST]
+    assert close(quantized[0], torch.tensor(CODES)[NEAREST])
+    assert loss.item() == pytest.approx(0.25 * (0.17 + 0.82 + 0.65) / 6)
+
+
+def test_straight_through_gradient(gm=genie_mini):
+    """Failing means that the encoder gets no gradient, or a wrong one, through the codebook."""
+    z = torch.tensor(VECTORS, requires_grad=True)
+    quantized, _, loss = make_quantizer(gm)(z)
+    upstream = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.25]])
+    if quantized.requires_grad:
+        quantized.backward(upstream, retain_graph=True)
+    assert z.grad is not None and (z.grad == upstream).all(), "identity: as if z were the code"
+    assert loss.requires_grad, "the encoder must be pulled towards its codes"
+    z.grad = None
+    loss.backward()
+    assert close(z.grad, 2 * 0.25 * (z.detach() - torch.tensor(CODES)[NEAREST]) / 6, 1e-7)
+
+
+def test_codes_follow_a_moving_average(gm=genie_mini):
+    """Failing means that the codes do not learn, learn at a wrong rate, or move when unused.
+
+    Two vectors choose code 1: count 0.9 + 0.1 * 2 = 1.1, sum 0.9 * (1, 0) + 0.1 * (2.2, 0.4).
+    """
+    quantizer = make_quantizer(gm)
+    quantizer(torch.tensor([[1.0, 0.1]]))                               # in two micro-batches
+    quantizer(torch.tensor([[1.2, 0.3]]))
+    quantizer.update(gm.seeded(0))
+    expected = torch.tensor([[0.0, 0.0], [(0.9 + 0.22) / 1.1, 0.04 / 1.1], [0.0, 2.0]])
+    assert close(quantizer.codebook, expected, 1e-6)
+    quantizer.eval()(torch.tensor([[5.0, 5.0]]))
+    assert quantizer.seen == [], "what is seen in evaluation must not be learned from"
+
+
+def test_quantizer_lets_everything_through_until_it_starts(gm=genie_mini):
+    """Failing means that the codebook starts at a wrong time, or on vectors of no encoder."""
+    quantizer = make_quantizer(gm, started=False, unquantized=3)
+    z = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        assert not quantizer.started
+        quantized, _, loss = quantizer(z)
+        assert (quantized == z).all() and loss == 0
+        quantizer.update(gm.seeded(0))
+    assert quantizer.started
+    for code in quantizer.codebook:
+        assert (z == code).all(1).any(), "each code starts on an encoder output"
+
+
+def test_start_picks_distinct_vectors(gm=genie_mini):
+    """Failing means that codes start as copies of each other; ties never win, so they stay dead.
+
+    Among 1,000 copies of one vector, the 7 others must all be found.
+    """
+    quantizer = make_quantizer(gm, codes=[[0.0, 0.0]] * 8, started=False)
+    others = [[float(i), 5.0] for i in range(7)]
+    quantizer(torch.tensor([[3.0, 3.0]] * 1000 + others))
+    quantizer.update(gm.seeded(0))
+    assert sorted(quantizer.codebook.tolist()) == sorted([[3.0, 3.0]] + others)
+
+
+def test_dead_code_is_moved_onto_a_lonely_vector(gm=genie_mini):
+    """Failing means that a code nobody uses stays dead, is moved too early, or becomes a copy of
+    a live code, which would never be chosen.
+
+    Code 2 is never chosen; among 99 copies of live codes there is one vector far from all.
+    """
+    quantizer = make_quantizer(gm, dead_after=3)
+    z = torch.tensor([CODES[0]] * 50 + [CODES[1]] * 49 + [[0.3, 0.4]])
+    for step in range(3):
+        assert quantizer.codebook[2].tolist() == CODES[2], f"moved at step {step}"
+        quantizer(z)
+        quantizer.update(gm.seeded(step))
+    assert close(quantizer.codebook[2], torch.tensor([0.3, 0.4]), 1e-6)
+    assert quantizer(z)[1][-1] == 2, "the lonely vector chooses it now"
+
+
+def test_dead_code_never_copies_a_live_one(gm=genie_mini):
+    """Failing means that a dead code is moved onto a live one although no vector is without a code:
+    nothing gained, and what the code had learned is lost."""
+    quantizer = make_quantizer(gm, dead_after=2)
+    for step in range(5):
+        quantizer(torch.tensor([CODES[0], CODES[1]] * 10))
+        quantizer.update(gm.seeded(step))
+    assert quantizer.codebook.tolist() == CODES
+
+
+# --- MaskGIT sampling -----------------------------------------------------------------------
+
+
+def watch(model):
+    """Record (tokens, masked) of every pass through a dynamics model."""
+    passes, forward = [], model.forward
+
+    def watched(tokens, masked, *rest, **options):
+        passes.append((tokens.clone(), masked.clone()))
+        return forward(tokens, masked, *rest, **options)
+
+    model.forward = watched
+    return passes
+
+
+def replace_logits(model, logits):
+    """Make a dynamics model answer every pass i with logits(i), a (K,) or (N, K) tensor."""
+    passes = []
+
+    def forward(tokens, masked, *rest, **options):
+        passes.append(masked.clone())
+        return logits(len(passes) - 1).expand(*tokens.shape, -1)
+
+    model.forward = forward
+    return passes
+
+
+def started_cache(gm, genie, B=2):
+    """A dynamics cache that has seen one frame."""
+    cache = gm.Cache(genie.config.dyn_layers)
+    tokens = torch.randint(8, (B, 1, 16), generator=gm.seeded(7))
+    genie.dynamics(tokens, torch.zeros_like(tokens, dtype=torch.bool), torch.zeros(B, 1, 4), cache)
+    return cache
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_maskgit_commits_each_token_once(steps, gm=genie_mini):
+    """Failing means that decided tokens are changed or forgotten, or decided in the wrong number:
+    frames would be made of parts that do not fit each other.
+
+    After pass i of S, floor(16 cos(pi/2 i/S)) of the 16 tokens are still masked.
+    """
+    genie = tiny_genie(gm, maskgit_steps=steps)
+    cache = started_cache(gm, genie)
+    passes = watch(genie.dynamics)
+    with torch.no_grad():
+        final = genie.dynamics.sample(cache, torch.randn(2, 4), genie.config, gm.seeded(0))
+    assert len(passes) == steps and passes[0][1].all()
+    for i, (tokens, masked) in enumerate(passes):
+        still = math.floor(16 * math.cos(math.pi / 2 * i / steps))
+        assert (masked.sum(-1) == still).all(), f"pass {i}"
+        assert (tokens[~masked] == final[:, None][~masked]).all(), "a decided token changed"
+        if i > 0:
+            assert (masked <= passes[i - 1][1]).all(), "a decided token was masked again"
+    assert final.min() >= 0 and final.max() < 8
+
+
+def test_maskgit_takes_a_token_from_the_pass_that_decides_it(gm=genie_mini):
+    """Failing means that tokens are decided by another pass than the one that commits them, or
+    that some are never decided at all.
+
+    Pass i wants code i + 1 everywhere, so the result tells which pass decided each token.
+    """
+    genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0)
+    passes = replace_logits(genie.dynamics, lambda i: F.one_hot(torch.tensor(i + 1), 8) * 9.0)
+    final = genie.dynamics.sample(None, torch.zeros(3, 4), genie.config, gm.seeded(0))
+    decided = sum(masked[:, 0].long() for masked in passes)             # passes it stayed masked
+    assert (final == decided).all() and sorted(final.unique().tolist()) == [1, 2, 3, 4]
+
+
+def test_maskgit_commits_the_surest_first(gm=genie_mini):
+    """Failing means that the order of decisions does not follow the model's confidence.
+
+    Token n is the surer the larger n; without noise they must be decided from last to first.
+    """
+    genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0, order_noise=0.0)
+    logits = torch.zeros(16, 8)
+    logits[:, 3] = torch.arange(1, 17) / 4
+    passes = replace_logits(genie.dynamics, lambda i: logits)
+    genie.dynamics.sample(None, torch.zeros(1, 4), genie.config, gm.seeded(0))
+    for masked in passes:
+        still = int(masked.sum())
+        assert masked.flatten().tolist() == [n < still for n in range(16)]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_that_of_a_softmax(temperature, gm=genie_mini):
+    """Failing means that the temperature changes nothing, or something else: 32,000 draws do not
+    follow softmax(logits / T)."""
+    genie = tiny_genie(gm, maskgit_steps=1, temperature=temperature)
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 1.5, -2.0, 0.0])
+    replace_logits(genie.dynamics, lambda i: logits)
+    tokens = genie.dynamics.sample(None, torch.zeros(2000, 4), genie.config, gm.seeded(0))
+    share = torch.bincount(tokens.flatten(), minlength=8) / tokens.numel()
+    assert close(share, (logits / temperature).softmax(0), 0.012)      # 4 standard deviations
+
+
+def test_sampling_follows_the_seed(gm=genie_mini):
+    """Failing means that play cannot be repeated, or that at temperature 0 chance still rules."""
+    for temperature, alike in ((0.0, True), (1.0, False)):
+        genie = tiny_genie(gm, temperature=temperature, order_noise=0.0)
+        cache, action = started_cache(gm, genie), torch.randn(2, 4, generator=gm.seeded(1))
+        first, again, other = (genie.dynamics.sample(cache, action, genie.config, gm.seeded(seed))
+                               for seed in (1, 1, 2))
+        assert (first == again).all(), "the same seed must give the same frame"
+        assert bool((first == other).all()) == alike, f"temperature {temperature}"
+
+
+# --- the cache is exact, and play is pure ---------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [4, 16])
+@torch.no_grad()
+def test_cached_dynamics_equals_uncached(window, gm=genie_mini):
+    """Failing means that play computes something else than what was trained.
+
+    26 frames, more than the window; each is refined with a mask (not kept) and then added.
+    """
+    model = tiny_genie(gm, dyn_fold=2, dyn_window=window).dynamics
+    tokens, actions = torch.randint(8, (2, 26, 16)), torch.randn(2, 26, 4)
+    visible = torch.zeros_like(tokens, dtype=torch.bool)
+    whole, cache = model(tokens, visible, actions), gm.Cache(2)
+    assert close(model(tokens[:, :3], visible[:, :3], actions[:, :3], cache), whole[:, :3])
+    for t in range(3, 26):
+        now = slice(t, t + 1)
+        masked = visible[:, :t + 1].clone()
+        masked[:, t] = True
+        expected = model(tokens[:, :t + 1], masked, actions[:, :t + 1])[:, now]
+        refined = model(tokens[:, now], masked[:, now], actions[:, now], cache, commit=False)
+        assert close(refined, expected), t
+        assert close(model(tokens[:, now], visible[:, now], actions[:, now], cache),
+                     whole[:, now]), t
+
+
+@pytest.mark.parametrize("window", [1, 3, 16])
+@torch.no_grad()
+def test_cached_decoder_equals_uncached(window, gm=genie_mini):
+    """Failing means that frames look different in play than when decoded all at once."""
+    tokenizer = tiny_genie(gm, tok_window=window, tok_layers=2).tokenizer
+    quantized, cache = torch.randn(1, 26, 16, 4), gm.Cache(2)
+    whole = tokenizer.decode(quantized)
+    for t in range(26):
+        assert close(tokenizer.decode(quantized[:, t:t + 1], cache), whole[:, t:t + 1]), t
+
+
+@torch.no_grad()
+def test_refining_leaves_the_cache_alone(gm=genie_mini):
+    """Failing means that half-finished frames are remembered as if they had been seen."""
+    genie = tiny_genie(gm)
+    cache = started_cache(gm, genie)
+    before, now = [(k.clone(), v.clone()) for k, v in cache.past], cache.now
+    genie.dynamics.sample(cache, torch.randn(2, 4), genie.config, gm.seeded(0))
+    assert cache.now == now
+    for (k, v), (old_k, old_v) in zip(cache.past, before):
+        assert k.shape == old_k.shape and (k == old_k).all() and (v == old_v).all()
+
+
+def test_step_leaves_the_old_state_alone(gm=genie_mini):
+    """Failing means that trying one button changes what the next one does from the same moment."""
+    genie = tiny_genie(gm)
+    state = genie.start(random_frames(2))
+    first, later = genie.step(state, 3, gm.seeded(0))
+    genie.step(state, 5, gm.seeded(1))
+    again, _ = genie.step(state, 3, gm.seeded(0))
+    assert (first == again).all()
+    assert state.dynamics.now == 1 and later.dynamics.now == 2 and later.decoder.now == 2
+
+
+def test_play_goes_on_past_the_window(gm=genie_mini):
+    """Failing means that play breaks down, or grows slower for ever, after 16 frames."""
+    genie = tiny_genie(gm)
+    state = genie.start(random_frames())
+    for t in range(20):
+        frame, state = genie.step(state, t % 8, gm.seeded(t))
+        assert frame.shape == (1, 64, 64) and frame.dtype == torch.uint8 and frame.max() <= 1
+    assert state.dynamics.past[0][0].shape[3] == 15
+
+
+def test_batched_play_equals_playing_alone(gm=genie_mini):
+    """Failing means that worlds played side by side leak into each other."""
+    genie = tiny_genie(gm, temperature=0.0, order_noise=0.0)
+    first, actions = random_frames(3), torch.randint(8, (3, 5))
+    together = genie.rollout(first, actions, gm.seeded(0))
+    for i in range(3):
+        alone = genie.rollout(first[i:i + 1], actions[i:i + 1], gm.seeded(0))[0]
+        assert (together[i] == alone).all()
+
+
+def test_play_follows_the_inference_pipeline(gm=genie_mini):
+    """Failing means that play puts the parts together in another way than training does.
+
+    What step draws must be what the whole-clip forward passes give for the same tokens: button a is
+    row a of the LAM's codebook, added at the new frame; the tokens are decoded in the same context.
+    """
+    genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1)
+    first, buttons = random_frames(1), [3, 0, 5]
+    tokens = genie.tokenizer.encode(first[:, None])[1]                  # (1, 1, N)
+    latents = torch.zeros(1, 1, 4)
+    played = genie.rollout(first, torch.tensor([buttons]), gm.seeded(0))
+    for t, button in enumerate(buttons):
+        latents = torch.cat([latents, genie.lam.quantizer.codebook[button].view(1, 1, 4)], dim=1)
+        tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], dim=1)
+        masked = torch.zeros_like(tokens, dtype=torch.bool)
+        masked[:, -1] = True
+        tokens[:, -1] = genie.dynamics(tokens, masked, latents)[:, -1].argmax(-1)
+        decoded = genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens]) > 0
+        assert (played[:, t] == decoded[:, -1]).all(), t
+
+
+# --- the dynamics model's training: actions, masks, targets -----------------------------------
+
+
+def test_action_t_leads_to_frame_t_plus_1(gm=genie_mini):
+    """Failing means that in training the action is off by one frame: buttons would answer late."""
+    model, tokens = tiny_genie(gm).dynamics, torch.randint(8, (2, 5, 16))
+    given, seen = torch.randn(2, 4, 4), []
+    forward = model.forward
+    model.forward = lambda x, masked, actions: seen.append(actions) or forward(x, masked, actions)
+    model.loss(tokens, given, model.random_mask(2, 5, gm.seeded(0)))
+    assert seen[0].shape == (2, 5, 4) and (seen[0][:, 0] == 0).all(), "nothing led to frame 0"
+    assert (seen[0][:, 1:] == given).all()
+
+
+def test_masked_tokens_are_not_looked_at(gm=genie_mini):
+    """Failing means that the answer is in view in training: the loss would fall to 0 at once."""
+    model = tiny_genie(gm, dyn_fold=2).dynamics
+    tokens, other = torch.randint(8, (2, 2, 5, 16))
+    masked, actions = torch.rand(2, 5, 16) < 0.5, torch.randn(2, 5, 4)
+    logits = model(tokens, masked, actions)
+    assert (model(torch.where(masked, other, tokens), masked, actions) == logits).all()
+    assert not close(model(torch.where(masked, tokens, other), masked, actions), logits)
+
+
+def test_loss_is_that_of_the_masked_tokens(gm=genie_mini):
+    """Failing means that the model is paid for copying visible tokens, or for naming the mask.
+
+    The cross-entropy is worked out anew: -log p(true token), over the masked tokens only, divided
+    by how many are masked on average: 3/4 of 3 x 4 x 16 (frame 0 never is).
+    """
+    model, tokens = tiny_genie(gm).dynamics, torch.randint(8, (3, 5, 16))
+    actions = torch.randn(3, 4, 4)
+    masked = model.random_mask(3, 5, gm.seeded(1))
+    padded = torch.cat([torch.zeros(3, 1, 4), actions], dim=1)
+    likely = model(tokens, masked, padded).log_softmax(-1)
+    costs = [-likely[b, t, n, tokens[b, t, n]].item() for b, t, n in masked.nonzero().tolist()]
+    assert 100 < len(costs) < 192
+    expected = sum(costs) / (0.75 * 192)
+    assert model.loss(tokens, actions, masked).item() == pytest.approx(expected)
+
+
+def test_random_mask(gm=genie_mini):
+    """Failing means that the first frame is hidden, or the masking rate is not the card's: one rate
+    a sequence, evenly drawn from 0.5 to 1, and each token masked with that probability."""
+    model = gm.DynamicsModel(tiny(gm, tok_patch=4))
+    masked = model.random_mask(200, 5, gm.seeded(0))                    # 256 tokens a frame
+    assert masked.shape == (200, 5, 256) and not masked[:, 0].any()
+    rates = masked[:, 1:].float().mean((1, 2))
+    assert rates.min() > 0.45 and rates.min() < 0.55 and rates.max() > 0.95
+    assert abs(rates.mean() - 0.75) < 0.03
+    frames = masked[:, 1:].float().mean(2)                              # (200, 4)
+    assert (frames - rates[:, None]).abs().max() < 0.15, "one rate for all frames of a sequence"
+    model.clean_frames = 0.25
+    whole = ~model.random_mask(200, 5, gm.seeded(0))[:, 1:].any(dim=2)
+    assert abs(whole.float().mean() - 0.25) < 0.06
+
+
+# --- patches, folding, positions ------------------------------------------------------------
+
+
+def test_patchify_by_hand(gm=genie_mini):
+    """Failing means that patches are cut or numbered in another order: row by row."""
+    frame = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+    patches = gm.patchify(frame[None, None], 2)
+    assert patches[0, 0].tolist() == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
+
+
+@pytest.mark.parametrize("patch", [1, 4, 8, 64])
+def test_unpatchify_is_the_inverse(patch, gm=genie_mini):
+    """Failing means that pictures come out scrambled."""
+    frames = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    assert (gm.unpatchify(gm.patchify(frames, patch), patch) == frames).all()
+
+
+@pytest.mark.parametrize("fold", [1, 2, 4])
+def test_folding_keeps_tokens_in_their_places(fold, gm=genie_mini):
+    """Failing means that with dyn_fold the logits of one token come out at another's place.
+
+    Weights that copy each token to its own logits: the likeliest token must be the token itself.
+    """
+    places = fold ** 2
+    model = gm.DynamicsModel(tiny(gm, dyn_fold=fold, dyn_dim=8 * places, dyn_heads=1))
+    model.transformer = Copy()
+    with torch.no_grad():
+        model.embed.weight.zero_()
+        for place in range(places):
+            for code in range(8):
+                model.embed.weight[place * 9 + code, place * 8 + code] = 1
+        model.to_logits.weight.copy_(torch.eye(8 * places))
+        model.to_logits.bias.zero_()
+    tokens = torch.randint(8, (2, 3, 16), generator=gm.seeded(0))
+    visible = torch.zeros_like(tokens, dtype=torch.bool)
+    assert (model(tokens, visible, torch.zeros(2, 3, 4)).argmax(-1) == tokens).all()
+
+
+def test_folded_tokens_are_neighbours(gm=genie_mini):
+    """Failing means that a transformer position holds tokens from far apart in the picture."""
+    model = gm.DynamicsModel(tiny(gm, dyn_fold=2))
+    model.transformer = Copy()
+    tokens = torch.zeros(1, 1, 16, dtype=torch.long)
+    other, visible = tokens.clone(), torch.zeros_like(tokens, dtype=torch.bool)
+    other[0, 0, 6] = 5                                                  # row 1, column 2 of 4 x 4
+    changes = (model(tokens, visible, torch.zeros(1, 1, 4))
+               - model(other, visible, torch.zeros(1, 1, 4))).abs().amax(-1).flatten()
+    assert changes.gt(1e-6).nonzero().flatten().tolist() == [2, 3, 6, 7]
+
+
+def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
+    """Failing means that what is learned at one place or time does not hold at another, and that
+    play past 16 frames would be at times never seen in training."""
+    q, k = torch.randn(2, 8, generator=gm.seeded(0))
+    angles = gm.rotary_angles(torch.arange(40), 4)                                 # (40, 4)
+    scores = gm.rotate(q.expand(40, 8), angles) @ gm.rotate(k.expand(40, 8), angles).T
+    for step in range(-12, 13):
+        along = scores.diagonal(step)
+        assert close(along, along[0].expand_as(along), 1e-4), step
+    assert scores[20].std() > 0.1, "and they must depend on the difference"
+    lengths = gm.rotate(q.expand(40, 8), angles).norm(dim=1)
+    assert close(lengths, q.norm().expand(40)), "a rotation keeps the length"
+
+
+def spatial_scores(gm, dim, heads, side):
+    """The attention scores (h, N, N) of a new layer with neighbour_start, for blank content."""
+    layer = gm.SpatialAttention(dim, heads, side, neighbour_start=True)
+    qkv = layer.qkv(torch.zeros(side * side, dim)).view(-1, 3, heads, dim // heads)
+    q, k, _ = qkv.permute(1, 2, 0, 3)                                   # each (h, N, e)
+    scores = gm.rotate(q, layer.angles) @ gm.rotate(k, layer.angles).transpose(1, 2)
+    return scores.detach() / math.sqrt(dim // heads)
+
+
+@pytest.mark.parametrize("dim, heads, side", [(64, 4, 16), (128, 4, 8), (32, 2, 16)])
+def test_heads_start_on_their_neighbours(dim, heads, side, gm=genie_mini):
+    """Failing means that neighbour_start points heads at nothing, or at the wrong neighbour."""
+    scores = spatial_scores(gm, dim, heads, side)
+    steps = [(-1, 0), (1, 0), (0, -1), (0, 1)]                          # up, down, left, right
+    for head in range(heads):
+        for row, column in ((1, 1), (3, 5), (side - 2, side - 2)):
+            best = divmod(int(scores[head, row * side + column].argmax()), side)
+            assert best == (row + steps[head][0], column + steps[head][1]), (head, row, column)
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def weights_after_training(gm, data, out, stage, micro_batch):
+    """Weights and codebooks after 4 steps in micro-batches of this size."""
+    trainer = tiny_trainer(gm, data, out, stage, micro_batch=micro_batch, lr=1e-4, min_lr=1e-4,
+                           lam_roll=True, action_noise=0.3, clean_frames=0.3, dyn_layers=1)
+    for trainer.step in range(4):
+        trainer.one_step()
+    return weights_of(trainer.genie)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_micro_batches_equal_one_big_batch(demo_file, tmp_path, stage, gm=genie_mini):
+    """Failing means that micro_batch, which should only save memory, changes what is learned."""
+    whole = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=8)
+    parts = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=2)
+    part = ("tokenizer.", "lam.")[stage] + "quantizer.started"
+    assert whole[part], "the codebook must be in use, or the test says little"
+    for name in whole:
+        assert close(whole[name].float(), parts[name].float(), 1e-5), name
+
+
+def test_losses_by_hand(gm=genie_mini):
+    """Failing means that a part of a loss is missing, has another weight, or that the pixels are
+    compared with those of another frame.
+
+    The decoder's answer is set to the logit log 3 (probability 3/4 of white) everywhere.
+    """
+    genie, frames = tiny_genie(gm), random_frames(2, 4)
+    for part in (genie.tokenizer, genie.lam):
+        nn.init.zeros_(part.to_pixels.weight)
+        nn.init.constant_(part.to_pixels.bias, math.log(3))
+    noise = gm.world_noise(genie, 2, gm.seeded(0))
+    for result, white in ((gm.tokenizer_losses(genie, frames), frames),
+                          (gm.world_losses(genie, frames, *noise), frames[:, 1:])):
+        loss, numbers, _ = result
+        share = white.float().mean().item()
+        expected = -share * math.log(3 / 4) - (1 - share) * math.log(1 / 4)
+        assert numbers["pixel_loss"].item() == pytest.approx(expected, rel=1e-5)
+        assert numbers["commitment"] > 0
+        assert loss.item() == pytest.approx(sum(numbers.values()).item())
+
+
+def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that a setting of the optimizer is read and then forgotten."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path, beta1=0.8, beta2=0.7, weight_decay=0.3, lr=2e-3)
+    trainer.step = 4
+    row = trainer.one_step()
+    group, = trainer.optimizer.param_groups
+    assert group["betas"] == (0.8, 0.7) and group["weight_decay"] == 0.3
+    rate = gm.learning_rate(4, trainer.c.tok_steps, trainer.c)
+    assert group["lr"] == row["lr"] == rate
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.25, 1.0])
+def test_action_noise(noise, gm=genie_mini):
+    """Failing means that action_noise swaps more or fewer actions than it says, swaps them for
+    vectors that are no button, or swaps them without telling."""
+    genie, given = tiny_genie(gm, action_noise=noise), []
+    loss = genie.dynamics.loss
+    genie.dynamics.loss = lambda tokens, actions, *rest: given.append(actions) or loss(
+        tokens, actions, *rest)
+    shifts, swaps, masked = gm.world_noise(genie, 100, gm.seeded(0))
+    assert swaps.shape == (100, 3) and set(swaps.unique().tolist()) <= set(range(-1, 8))
+    assert (swaps >= 0).float().mean().item() == pytest.approx(noise, abs=0.08)
+    assert noise == 0 or len(swaps.unique()) >= 8, "any button"
+    frames = random_frames(100, 4)
+    with torch.no_grad():
+        gm.world_losses(genie, frames, shifts, swaps, masked)
+        inferred = genie.lam.encode(frames)[0]
+    swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]
+    expected = torch.where(swaps[..., None] >= 0, swapped, inferred)
+    assert close(given[0], expected)
+
+
+def test_learning_rate(gm=genie_mini):
+    """Failing means that the learning rate does not warm up, or does not follow the cosine."""
+    c = tiny(gm, warmup=10, lr=1.0, min_lr=0.2)
+    rate = [gm.learning_rate(step, 110, c) for step in range(110)]
+    assert rate[0] == pytest.approx(0.1) and rate[4] == pytest.approx(0.5)
+    assert rate[9] == rate[10] == pytest.approx(1.0)
+    assert rate[35] == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
+    assert rate[60] == pytest.approx(0.6) and rate[109] == pytest.approx(0.2, abs=1e-3)
+    assert rate[10:] == sorted(rate[10:], reverse=True)
+    c.min_lr = c.lr                                                     # as on the card: flat
+    assert {gm.learning_rate(step, 110, c) for step in range(9, 110)} == {1.0}
+    c.warmup = 0
+    assert gm.learning_rate(0, 1, c) == 1.0
+
+
+def picks_of(data, seed, stage, step, size=7, length=4):
+    """The (sequence numbers, first frame) that a training step would use."""
+    data.frames = lambda picks, first, length: (list(picks), first)
+    try:
+        return data.batch(seed, stage, step, size, length)
+    finally:
+        del data.frames
+
+
+def test_each_epoch_visits_each_sequence_once(demo_file, gm=genie_mini):
+    """Failing means that some sequences are trained on more than others."""
+    data = gm.Sequences(demo_file, "train")
+    S = len(data)                                                       # no multiple of 7 needed
+    order = sum((picks_of(data, 0, 0, step)[0] for step in range(2 * S)), [])
+    assert len(order) == 7 * 2 * S
+    epochs = [order[i:i + S] for i in range(0, len(order), S)]
+    assert all(sorted(epoch) == list(range(S)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != list(range(S))
+
+
+def test_a_batch_depends_on_seed_stage_and_step_alone(demo_file, gm=genie_mini):
+    """Failing means that a resumed run would see other data than an uninterrupted one."""
+    one, two = gm.Sequences(demo_file, "train"), gm.Sequences(demo_file, "train")
+    steps = [picks_of(one, 5, 1, step) for step in range(12)]
+    torch.manual_seed(99)
+    assert [picks_of(two, 5, 1, step) for step in reversed(range(12))] == steps[::-1]
+    assert picks_of(two, 6, 1, 9) != steps[9] != picks_of(two, 5, 0, 9)
+    assert {first for _, first in steps} <= set(range(13)) and len({f for _, f in steps}) > 3
+    assert picks_of(two, 5, 1, 9, length=16)[1] == 0
+
+
+def test_frames_are_those_of_the_file(demo_file, gm=genie_mini):
+    """Failing means that the model is trained on other pictures than the file holds."""
+    loaded, data = dp.load_split(demo_file, "val"), gm.Sequences(demo_file, "val")
+    frames = data.frames([2, 0], first=3, length=5)
+    assert frames.shape == (2, 5, 64, 64) and frames.dtype == torch.uint8
+    assert (frames.numpy() == dp.unpack(loaded["bits"])[[2, 0], 3:8]).all()
+
+
+def test_gradients_stay_where_they_belong(gm=genie_mini):
+    """Failing means that the dynamics model bends the actions to its own needs (the paper stops
+    that gradient), that the tokenizer still moves in stage 2, or that the LAM's encoder learns
+    nothing."""
+    genie = tiny_genie(gm).train()
+    genie.tokenizer.eval()
+    noise = gm.world_noise(genie, 2, gm.seeded(0))
+    loss, numbers, _ = gm.world_losses(genie, random_frames(2, 4), *noise)
+    lam, tokenizer = list(genie.lam.parameters()), list(genie.tokenizer.parameters())
+    grads = torch.autograd.grad(numbers["dynamics_loss"], lam, allow_unused=True, retain_graph=True)
+    assert all(grad is None for grad in grads), "stop-gradient"
+    grads = torch.autograd.grad(loss, tokenizer, allow_unused=True, retain_graph=True)
+    assert all(grad is None for grad in grads), "frozen"
+    numbers["pixel_loss"].backward()
+    assert genie.lam.embed.weight.grad.abs().max() > 0, "the pixel loss must reach the encoder"
+
+
+def test_stage_2_leaves_the_tokenizer_alone(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that the tokens change their meaning while the dynamics model learns them."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path)
+    for trainer.step in range(4):
+        trainer.one_step()
+    before = weights_of(trainer.genie)
+    assert before["tokenizer.quantizer.started"]
+    trainer.enter_stage(1)
+    for trainer.step in range(3):
+        trainer.one_step()
+    after = weights_of(trainer.genie)
+    moved = {name.split(".")[0] for name in after if (after[name] != before[name]).any()}
+    assert moved == {"lam", "dynamics"}
+    assert trainer.genie.tokenizer.quantizer.seen == [], "memory would grow with every step"
+
+
+def test_lam_roll(gm=genie_mini):
+    """Failing means that lam_roll does nothing, tears the frames of a clip apart, or is on unasked.
+
+    Given shifts, the encoder must see just what it would see in clips rolled beforehand.
+    """
+    lam, frames = tiny_genie(gm).lam, random_frames(2, 4)
+    lam.quantizer.started.fill_(False)
+    rolled = torch.stack([frames[0].roll((5, 60), (1, 2)), frames[1].roll((16, 0), (1, 2))])
+    seen = lam.encode(frames, torch.tensor([[5, 60], [16, 0]]))[0]
+    assert close(seen, lam.encode(rolled)[0]) and not close(seen, lam.encode(frames)[0])
+    assert (lam.encode(frames, torch.zeros(2, 2, dtype=int))[0] == lam.encode(frames)[0]).all()
+    for on in (True, False):
+        shifts = gm.world_noise(tiny_genie(gm, lam_roll=on), 50, gm.seeded(0))[0]
+        assert shifts.shape == (50, 2) and shifts.min() >= 0
+        assert (len(shifts.unique()) > 30 and shifts.max() < 64) if on else shifts.max() == 0
+
+
+class Killed(Exception):
+    """Stands in for a power cut."""
+
+
+def run_of(gm, data, out, interrupt=None, how="stop"):
+    """Train a tiny run, interrupted at (stage, step) and then resumed. Returns its results."""
+    changes = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1,
+                   maskgit_steps=2, lam_roll=True, min_lr=1e-4)
+    trainer = tiny_trainer(gm, data, out, **changes)
+    one_step = trainer.one_step
+
+    def interrupted_step():
+        if (trainer.stage, trainer.step + 1) == interrupt:
+            trainer.stop = True                                         # as Ctrl-C does
+            if how == "crash":
+                raise Killed
+        return one_step()
+
+    trainer.one_step = interrupted_step
+    try:
+        finished = trainer.run()
+    except Killed:
+        finished = False
+    assert finished == (interrupt is None)
+    if not finished:
+        checkpoint = gm.read_checkpoint(out / "checkpoint.pt")
+        trainer = tiny_trainer(gm, data, out, **changes)
+        trainer.resume(checkpoint)
+        assert trainer.run()
+    return torch.load(out / "checkpoint.pt"), (out / "metrics.csv").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole_run(demo_file, tmp_path_factory):
+    """The results of a tiny run that was never interrupted."""
+    return run_of(genie_mini, demo_file, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stage, step, how", [
+    (0, 3, "stop"), (0, 6, "stop"), (1, 1, "crash"), (1, 1, "stop"), (1, 6, "crash")])
+def test_resume_is_exact(demo_file, tmp_path, whole_run, monkeypatch, stage, step, how,
+                         gm=genie_mini):
+    """Failing means that a run which was interrupted ends elsewhere than one which was not.
+
+    Ctrl-C finishes the step and saves; a crash goes back to the last checkpoint. Both must end with
+    the same weights and the same log, to the last bit.
+    """
+    monkeypatch.setattr(gm, "draw_curves", lambda *_: None)             # slow, and not compared
+    again, other_log = run_of(gm, demo_file, tmp_path, (stage, step), how)
+    whole, log = whole_run
+    assert whole["stage"] == again["stage"] == 2
+    for name in whole["model"]:
+        assert (whole["model"][name] == again["model"][name]).all(), name
+    assert log == other_log and log.count("\n") == 1 + 2 * 4            # steps 2, 4, 5 and 6
+
+
+def test_training_leaves_the_global_generator_alone(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that a run depends on, or disturbs, random numbers drawn elsewhere."""
+    torch.manual_seed(1)
+    first = weights_of(tiny_trainer(gm, demo_file, tmp_path).genie)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert (torch.rand(3) == drawn).all()
+    torch.manual_seed(2)
+    again = weights_of(tiny_trainer(gm, demo_file, tmp_path).genie)
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that a run goes on for hours after its loss has become NaN."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path)
+    with torch.no_grad():
+        trainer.genie.tokenizer.embed.weight.fill_(math.nan)
+    with pytest.raises(gm.UserError, match="no longer finite at step 1 of stage tokenizer"):
+        trainer.one_step()
+
+
+# --- presets --------------------------------------------------------------------------------
+
+CARD = dict(
+    tok_patch=4, tok_layers=4, tok_dim=256, tok_heads=4, tok_codes=32, latent_dim=16,
+    lam_patch=8, lam_layers=4, lam_dim=256, lam_heads=4, num_actions=8,
+    dyn_layers=6, dyn_dim=256, dyn_heads=4, temperature=1.0, maskgit_steps=10, mask_min=0.5,
+    lr=3e-4, min_lr=3e-4, beta1=0.9, beta2=0.9, weight_decay=1e-4, warmup=2000,
+    tok_steps=50_000, dyn_steps=50_000, batch=128, tok_frames=16, dyn_frames=16)
+
+NO_DEPARTURE = dict(tok_window=16, lam_window=16, lam_input="frames", lam_roll=False,
+                    lam_pool="mean", dyn_window=16, dyn_fold=1, clean_frames=0.0,
+                    action_noise=0.0, neighbour_start=False)
+
+
+def test_full_is_the_card(gm=genie_mini):
+    """Failing means that the `full` preset is no longer the model of the specification."""
+    c = gm.Config(**gm.PRESETS["full"])
+    for name, value in {**CARD, **NO_DEPARTURE}.items():
+        assert getattr(c, name) == value, name
+    assert (gm.SIZE, gm.CLIP) == (64, 16)
+    with torch.device("meta"):                                          # shapes without memory
+        genie = gm.Genie(c)
+    assert genie.tokenizer.quantizer.codebook.shape == (32, 16)
+    assert genie.lam.quantizer.codebook.shape == (8, 16)
+    assert genie.dynamics.tokens_per_frame == 256
+    assert len(genie.tokenizer.encoder.blocks) == len(genie.tokenizer.decoder.blocks) == 4
+    assert len(genie.lam.encoder.blocks) == len(genie.lam.decoder.blocks) == 4
+    assert len(genie.dynamics.transformer.blocks) == 6
+
+
+@pytest.mark.parametrize("preset", list(genie_mini.PRESETS))
+def test_presets_work(preset, gm=genie_mini):
+    """Failing means that a preset cannot be built, or holds a misspelt or needless field."""
+    c = gm.Config(**{"preset": preset, **gm.PRESETS[preset]})
+    gm.check_config(c)
+    with torch.device("meta"):
+        genie = gm.Genie(c)
+    for part in (genie.tokenizer, genie.lam, genie.dynamics):
+        assert sum(p.numel() for p in part.parameters()) > 1000
+
+
+def test_every_setting_has_a_reason_and_a_range(gm=genie_mini):
+    """Failing means that --help leaves a setting unexplained, or that a default is out of range."""
+    for field in gm.dataclasses.fields(gm.Config):
+        assert len(field.metadata["why"]) > 4, field.name
+        assert field.type in (int, float, bool, str), field.name
+        assert field.type is not str or field.metadata["options"], field.name
+
+
+# --- evaluation -----------------------------------------------------------------------------
+
+
+def test_compare_actions(gm=genie_mini):
+    """Failing means that the agreement with the true actions is measured wrongly."""
+    true = np.array([0, 1, 2, 3] * 6)
+    renamed = np.array([5, 0, 7, 2])[true]                              # the same partition
+    assert gm.compare_actions(renamed, true) == pytest.approx(
+        {"nmi": 1.0, "accuracy": 1.0, "accuracy_chance": 0.25})
+    latent, true = np.repeat([0, 1, 2], 8), np.array([0, 0, 0, 0, 0, 1, 1, 2] * 3)
+    assert gm.compare_actions(latent, true) == pytest.approx(           # unrelated
+        {"nmi": 0.0, "accuracy": 0.625, "accuracy_chance": 0.625}, abs=1e-9)
+    latent, true = np.array([0, 0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 1, 2, 2, 2, 2])
+    information = math.log(2)               # H(true | latent) = 1/2 log 2, H(true) = 3/2 log 2
+    entropy = 1.5 * math.log(2)             # of both: shares 1/2, 1/4, 1/4
+    assert gm.compare_actions(latent, true) == pytest.approx(
+        {"nmi": information / entropy, "accuracy": 0.75, "accuracy_chance": 0.5})
+    assert gm.compare_actions(np.zeros(5, int), np.zeros(5, int))["nmi"] == 0.0
+
+
+def test_code_use(gm=genie_mini):
+    """Failing means that a collapse of the codebook would not show in the log."""
+    assert gm.code_use(torch.tensor([[0, 0], [3, 3]]), 8) == (2, pytest.approx(2.0))
+    assert gm.code_use(torch.arange(8), 8) == (8, pytest.approx(8.0))
+    used, perplexity = gm.code_use(torch.tensor([1, 1, 1, 2]), 8)
+    assert used == 2 and perplexity == pytest.approx(4 / 27 ** 0.25)
+
+
+def test_psnr_and_wrong_pixels(gm=genie_mini):
+    """Failing means that pictures are scored wrongly."""
+    assert gm.psnr(4096) == pytest.approx(0) and gm.psnr(40.96) == pytest.approx(20)
+    assert gm.psnr(4.096) == pytest.approx(30) and 60 < gm.psnr(0) < 80, "finite for perfection"
+    a = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    b = a.clone()
+    b[0, 0, :2, :3] = 1                                                 # 6 pixels in 1 of 6 frames
+    assert gm.wrong(a, b).tolist() == [[6, 0, 0], [0, 0, 0]]
+
+
+def test_lam_is_compared_with_copying(demo_file, gm=genie_mini):
+    """Failing means that the LAM is scored on the wrong frames: a model that copies frame t must
+    score just what copying scores."""
+    genie, data = tiny_genie(gm), gm.Sequences(demo_file, "val")
+    genie.lam.decode = lambda frames, actions: frames.float() - 0.5
+    result = gm.evaluate_lam(genie, data, np.arange(len(data)))
+    frames = dp.unpack(data.bits).astype(int)
+    copied = np.abs(np.diff(frames, axis=1)).sum((2, 3)).mean()
+    assert result["wrong_pixels"] == pytest.approx(copied)
+    assert result["copy_wrong_pixels"] == pytest.approx(copied)
+    data.actions = None
+    assert gm.evaluate_lam(genie, data, np.arange(3))["nmi"] is None
+
+
+def test_tokenizer_is_scored_by_hand(demo_file, gm=genie_mini):
+    """Failing means that reconstructions are scored wrongly: one that is white all over."""
+    genie, data = tiny_genie(gm), gm.Sequences(demo_file, "val")
+    tokens = torch.arange(4)
+    genie.tokenizer.forward = lambda x: (torch.ones(x.shape), tokens, 0)
+    result = gm.evaluate_tokenizer(genie, data, np.arange(len(data)))
+    white = dp.unpack(data.bits).mean()
+    assert result == pytest.approx({"wrong_pixels": 4096 * (1 - white), "iou": white,
+                                    "codes_used": 4, "perplexity": 4.0})
+
+
+@torch.no_grad()
+def test_one_step_starts_from_the_real_past(demo_file, gm=genie_mini):
+    """Failing means that the one-step error also counts the errors of earlier generated frames.
+
+    What it draws must be what the whole-clip passes give when all earlier frames are the real ones.
+    """
+    genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1)
+    frames, buttons = random_frames(2, 5), torch.randint(8, (2, 4))
+    made = gm.one_step(genie, frames, buttons, gm.seeded(0))
+    tokens, real = genie.tokenizer.encode(frames)[1], genie.lam.encode(frames)[0]
+    codes = genie.tokenizer.quantizer.codebook
+    for t in range(4):
+        past = torch.cat([torch.zeros(2, 1, 4), real[:, :t]], dim=1)
+        latents = torch.cat([past, genie.lam.quantizer.codebook[buttons[:, t:t + 1]]], dim=1)
+        mixed, masked = tokens[:, :t + 2].clone(), torch.zeros(2, t + 2, 16, dtype=torch.bool)
+        masked[:, -1] = True
+        mixed[:, -1] = genie.dynamics(mixed, masked, latents)[:, -1].argmax(-1)
+        assert (made[:, t] == (genie.tokenizer.decode(codes[mixed])[:, -1] > 0)).all(), t
+
+
+def test_random_actions_are_among_those_in_use(demo_file, gm=genie_mini):
+    """Failing means that dead codes make the random baseline look bad, and our actions good.
+
+    The LAM infers only 1 and 6; no other button may be pressed in the whole evaluation.
+    """
+    genie, data, pressed = tiny_genie(gm, dyn_layers=1), gm.Sequences(demo_file, "val"), set()
+    codes = torch.tensor([1, 6])[torch.arange(15) % 2]
+
+    def encode(frames, shifts=None):
+        indices = codes.expand(len(frames), 15)
+        return genie.lam.quantizer.codebook[indices], indices, torch.tensor(0.0)
+
+    step = genie.step
+    genie.lam.encode = encode
+    genie.step = lambda state, action, *rest: pressed.update(
+        action.flatten().tolist()) or step(state, action, *rest)
+    gm.evaluate_dynamics(genie, data, np.arange(2))
+    assert pressed == {1, 6}
+
+
+def test_evaluation_of_a_perfect_world(demo_file, gm=genie_mini):
+    """Failing means that generated frame t is compared with another frame of the video than t.
+
+    The generator here returns what really happened, if the inferred actions are played; pressing
+    anything else makes it stand still at the first frame. So the inferred rollouts must be perfect.
+    """
+    genie, data = tiny_genie(gm), gm.Sequences(demo_file, "val")
+    genie.lam.quantizer.codebook.copy_(torch.randn(8, 4, generator=gm.seeded(3)))
+    indices = np.arange(len(data))
+    video = data.frames(indices)
+    genie.lam.encode = lambda frames, shifts=None: (
+        torch.zeros(len(frames), 15, 4), torch.arange(15).expand(len(frames), 15) % 8, 0)
+
+    def rollout(first, actions, generator):
+        T = actions.shape[1]
+        right = (actions == torch.arange(T) % 8).all(1)[:, None, None, None]
+        return torch.where(right, video[:, 1:1 + T], first[:, None].expand(-1, T, -1, -1))
+
+    genie.rollout = rollout
+    result = gm.evaluate_dynamics(genie, data, indices)
+    still = (video[:, :1] != video[:, 4:5]).sum((-2, -1)).float().mean().item()
+    assert result["rollout_wrong_pixels"] == {"4": 0.0, "8": 0.0, "15": 0.0}
+    assert result["psnr_inferred"] == gm.psnr(0) and result["delta_psnr_null"] == 0
+    assert result["psnr_random"] == pytest.approx(gm.psnr(still), abs=0.5)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+class Payload:
+    """Pickles as a command that is run when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def good_checkpoint(gm):
+    """The contents of a checkpoint, as Trainer.save writes them."""
+    c = tiny(gm)
+    return {"version": gm.VERSION, "config": gm.dataclasses.asdict(c), "data": "demo.npz",
+            "stage": 2, "step": 0, "rows": [], "model": gm.Genie(c).state_dict(),
+            "optimizer": None}
+
+
+def spoil(contents, kind, folder):
+    """Make a checkpoint's contents wrong in one way."""
+    config, weights = contents["config"], contents["model"]
+    if kind == "version":
+        contents["version"] = 999
+    elif kind == "unknown field":
+        config["surprise"] = 1
+    elif kind == "missing field":
+        del config["tok_dim"]
+    elif kind == "mistyped field":
+        config["tok_dim"] = "16"
+    elif kind == "impossible field":
+        config["tok_dim"] = 17
+    elif kind == "other sizes":
+        config["tok_dim"] = 32
+    elif kind == "weight missing":
+        del weights["tokenizer.embed.weight"]
+    elif kind == "NaN":
+        weights["dynamics.to_logits.weight"][0, 0] = math.nan
+    elif kind == "no weights":
+        del contents["model"]
+    elif kind == "payload":
+        contents["rows"] = Payload(folder / "it was run")
+
+
+@pytest.mark.parametrize("kind", [
+    "version", "unknown field", "missing field", "mistyped field", "impossible field",
+    "other sizes", "weight missing", "NaN", "no weights", "payload", "cut", "flipped", "text",
+    "empty", "pickle", "list", "absent", "folder"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
+    """Failing means that a damaged or hostile file is used, runs code, or ends in a traceback."""
+    path, contents = tmp_path / "checkpoint.pt", good_checkpoint(gm)
+    gm.save_checkpoint(path, contents)
+    assert gm.Genie.load(path).config == tiny(gm), "the good one must load"
+    spoil(contents, kind, tmp_path)
+    torch.save([1] if kind == "list" else contents, path)
+    data = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(data[:len(data) // 2])
+    elif kind == "text":
+        path.write_text("no checkpoint", encoding="utf-8")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "flipped":
+        path.write_bytes(data[:64] + bytes(64) + data[128:])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(tmp_path / "it was run")))
+    elif kind in ("absent", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    with pytest.raises(gm.UserError) as caught:
+        gm.Genie.load(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "it was run").exists()
+
+
+def test_checkpoint_gives_back_what_was_saved(tmp_path, gm=genie_mini):
+    """Failing means that a trained model changes by being saved and loaded."""
+    genie = tiny_genie(gm)
+    contents = {**good_checkpoint(gm), "model": genie.state_dict()}
+    gm.save_checkpoint(tmp_path / "c.pt", contents)
+    loaded, first = gm.Genie.load(tmp_path / "c.pt"), random_frames(1)
+    actions = torch.tensor([[1, 2, 3]])
+    assert not loaded.training
+    assert (loaded.rollout(first, actions, gm.seeded(0))
+            == genie.rollout(first, actions, gm.seeded(0))).all()
+
+
+def test_saving_is_all_or_nothing(tmp_path, gm=genie_mini):
+    """Failing means that a crash while saving destroys the checkpoint of a day's training."""
+    path = tmp_path / "checkpoint.pt"
+    gm.save_checkpoint(path, {"a": torch.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        gm.save_checkpoint(path, {"a": torch.zeros(9), "b": lambda: "cannot be pickled"})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# --- planted bugs ---------------------------------------------------------------------------
+
+
+def mutant(old, new):
+    """genie_mini as a module of its own, with one piece of its source replaced."""
+    source = Path(genie_mini.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{old!r} must be in genie_mini.py exactly once"
+    module = types.ModuleType("mutant")
+    module.__file__ = genie_mini.__file__
+    exec(compile(source.replace(old, new), "mutant of genie_mini.py", "exec"), module.__dict__)
+    return module
+
+
+STRAIGHT = "return z + (code - z).detach(), indices, loss"
+TARGETS = "F.cross_entropy(logits[masked], tokens[masked], "
+PICK = "torch.multinomial(weight, 1, generator=generator)"
+
+# What is broken, the piece of source, what replaces it, the test that must fail, its arguments.
+BUGS = [
+    *(("causal mask dropped", "(age >= 0) & ", "", test_no_future_leak, {"name": name})
+      for name in CAUSAL),
+    ("causal mask one frame late", "(age >= 0)", "(age >= -1)", test_no_future_leak,
+     {"name": "dynamics, tokens"}),
+    ("the present frame hidden", "(age >= 0)", "(age >= 1)", test_no_future_leak,
+     {"name": "dynamics, tokens"}),
+    *(("window too long", "(age < self.window)", "(age <= self.window)", test_window,
+       {"name": name}) for name in CAUSAL),
+    ("LAM action seen one step late", "[:, 1:]  # at t+1", "[:, :-1]  # at t+1",
+     test_no_future_leak, {"name": "LAM encoder"}),
+    ("LAM decoder sees its target", "self.decode(frames[:, :-1], actions)",
+     "self.decode(frames[:, 1:], actions)", test_lam_decoder_does_not_see_its_target, {}),
+    ("LAM ignores its actions", "self.from_latent(actions)[:, :, None])",
+     "0 * self.from_latent(actions)[:, :, None])", test_lam_overfits, {}),
+    ("LAM learns to copy", "frames[:, 1:].float())", "frames[:, :-1].float())",
+     test_lam_overfits, {}),
+    ("straight-through detached", STRAIGHT, STRAIGHT.replace("z + (code - z).detach()", "code"),
+     test_straight_through_gradient, {}),
+    ("straight-through into the code, doubled", STRAIGHT, STRAIGHT.replace("z + ", "2 * z + "),
+     test_quantizer_picks_the_nearest_code, {}),
+    ("quantizer leaves z as it is", STRAIGHT, "return z, indices, loss",
+     test_quantizer_picks_the_nearest_code, {}),
+    ("farthest code", ".argmin(dim=1)", ".argmax(dim=1)", test_quantizer_picks_the_nearest_code,
+     {}),
+    ("commitment pulls on nothing", "F.mse_loss(z, code)", "F.mse_loss(z.detach(), code)",
+     test_straight_through_gradient, {}),
+    ("codes never updated", "self.ema_sum[moved] / self.ema_count[moved, None]",
+     "self.codebook[moved]", test_codes_follow_a_moving_average, {}),
+    ("decay the wrong way round", "self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 -",
+     "self.ema_count.mul_(1 - self.decay).add_(chosen.sum(0), alpha=2 * self.decay - 1 + 1 -",
+     test_codes_follow_a_moving_average, {}),
+    ("only the last micro-batch learned", "self.seen.append((flat, indices))",
+     "self.seen = [(flat, indices)]", test_codes_follow_a_moving_average, {}),
+    ("dead codes never re-seeded", "(self.idle >= self.dead_after)", "(self.idle < 0)",
+     test_dead_code_is_moved_onto_a_lonely_vector, {}),
+    ("codes re-seeded too early", "(self.idle >= self.dead_after)",
+     "(self.idle >= self.dead_after - 1)", test_dead_code_is_moved_onto_a_lonely_vector, {}),
+    ("re-seeded on any vector", PICK, PICK.replace("weight", "torch.ones_like(weight)"),
+     test_dead_code_is_moved_onto_a_lonely_vector, {}),
+    ("re-seeded on any vector, at the start", PICK,
+     PICK.replace("weight", "torch.ones_like(weight)"), test_start_picks_distinct_vectors, {}),
+    ("live code copied", "if weight.sum() == 0:\n                return",
+     "weight += 1e-9", test_dead_code_never_copies_a_live_one, {}),
+    ("codebook starts at once", "if self.steps >= self.unquantized:", "if True:",
+     test_quantizer_lets_everything_through_until_it_starts, {}),
+    ("temperature ignored", "c.temperature * noise", "noise", test_temperature_is_that_of_a_softmax,
+     {"temperature": 0.5}),
+    ("temperature ignored, at 0", "c.temperature * noise", "noise", test_sampling_follows_the_seed,
+     {}),
+    ("temperature squared", "c.temperature * noise", "c.temperature ** 2 * noise",
+     test_temperature_is_that_of_a_softmax, {"temperature": 2.0}),
+    ("always the likeliest token", "c.temperature * noise", "0 * noise",
+     test_temperature_is_that_of_a_softmax, {"temperature": 1.0}),
+    ("sampling ignores the seed", "exponential_(generator=generator)", "exponential_()",
+     test_sampling_follows_the_seed, {}),
+    ("tokens decided twice", "surety.masked_fill(~masked, -torch.inf).topk", "surety.topk",
+     test_maskgit_commits_each_token_once, {"steps": 4}),
+    ("decided tokens not written", "tokens.scatter_(-1, best, guess.gather(-1, best))",
+     "pass", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
+    ("all tokens written in each pass", "tokens.scatter_(-1, best, guess.gather(-1, best))",
+     "tokens = guess", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
+    ("a line, not a cosine", "N * math.cos(math.pi / 2 * progress)", "N * (1 - progress)",
+     test_maskgit_commits_each_token_once, {"steps": 4}),
+    ("least sure first", "surety = logits.log_softmax(-1)", "surety = -logits.log_softmax(-1)",
+     test_maskgit_commits_the_surest_first, {}),
+    ("cache not committed", "if commit and kv is not None:", "if False:",
+     test_cached_dynamics_equals_uncached, {"window": 16}),
+    ("cache committed while refining", "if commit and kv is not None:", "if kv is not None:",
+     test_refining_leaves_the_cache_alone, {}),
+    ("clock of the cache stands still", "cache.now += x.shape[1]", "pass",
+     test_cached_dynamics_equals_uncached, {"window": 16}),
+    ("cache one frame short", "min(self.window - 1, kv", "min(self.window - 2, kv",
+     test_cached_dynamics_equals_uncached, {"window": 16}),
+    ("cache grows for ever", "keep = min(self.window - 1, kv[0].shape[3])",
+     "keep = kv[0].shape[3]", test_play_goes_on_past_the_window, {}),
+    ("step changes the old state", "PlayState(state.dynamics.copy(), state.decoder.copy())",
+     "PlayState(state.dynamics, state.decoder)", test_step_leaves_the_old_state_alone, {}),
+    ("all players press the first one's button", "action[:, None], cache, commit=False)",
+     "action[:1, None].expand(B, 1, -1), cache, commit=False)",
+     test_batched_play_equals_playing_alone, {}),
+    ("each frame decoded alone", "self.tokenizer.decode(quantized, state.decoder)",
+     "self.tokenizer.decode(quantized)", test_play_follows_the_inference_pipeline, {}),
+    ("button number off by one", "self.lam.quantizer.codebook[action] ",
+     "self.lam.quantizer.codebook[action - 1] ", test_play_follows_the_inference_pipeline, {}),
+    ("frames drawn without the action", "self.dynamics.sample(state.dynamics, latent,",
+     "self.dynamics.sample(state.dynamics, 0 * latent,", test_play_follows_the_inference_pipeline,
+     {}),
+    ("frames remembered without the action", "return self.observe(state, tokens, latent), state",
+     "return self.observe(state, tokens, 0 * latent), state",
+     test_play_follows_the_inference_pipeline, {}),
+    ("action off by one frame in training", "F.pad(actions, (0, 0, 1, 0))",
+     "F.pad(actions, (0, 0, 0, 1))", test_action_t_leads_to_frame_t_plus_1, {}),
+    ("dynamics ignores its actions", "+ self.action(actions)[:, :, None]", "",
+     test_dynamics_overfits, {}),
+    ("masked tokens in view", "tokens.masked_fill(masked, self.codes)", "tokens",
+     test_masked_tokens_are_not_looked_at, {}),
+    ("loss on all tokens", TARGETS, "F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), ",
+     test_loss_is_that_of_the_masked_tokens, {}),
+    ("loss on visible tokens", TARGETS, TARGETS.replace("masked", "~masked"),
+     test_loss_is_that_of_the_masked_tokens, {}),
+    ("targets taken after masking", TARGETS,
+     "F.cross_entropy(logits[masked], tokens.masked_fill(masked, 0)[masked], ",
+     test_loss_is_that_of_the_masked_tokens, {}),
+    ("frame 0 masked", "masked[:, 0] = False", "pass", test_random_mask, {}),
+    ("one masking rate for a batch", "torch.rand(B, 1, 1, generator=generator)",
+     "torch.rand(1, 1, 1, generator=generator)", test_random_mask, {}),
+    ("one coin for a frame", "torch.rand(B, T, self.tokens_per_frame, generator",
+     "torch.rand(B, T, 1, generator", test_random_mask, {}),
+    ("folded logits not put back", "[:, :, self.unorder]", "",
+     test_folding_keeps_tokens_in_their_places, {"fold": 2}),
+    ("fold along the rows only", "patchify(grid, c.dyn_fold).flatten()", "grid.flatten()",
+     test_folded_tokens_are_neighbours, {}),
+    ("patches scrambled", "side, side, patch, patch).permute(0, 1, 2, 4, 3, 5)",
+     "side, side, patch, patch).permute(0, 1, 4, 2, 3, 5)", test_unpatchify_is_the_inverse,
+     {"patch": 4}),
+    ("no rotary positions in keys", "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]",
+     test_rotary_scores_depend_on_the_difference, {}),
+    ("neighbours the wrong way round", "torch.tensor(-s)", "torch.tensor(s)",
+     test_heads_start_on_their_neighbours, {"dim": 64, "heads": 4, "side": 16}),
+    ("pooled over all patches", "x = (x * moved).sum(dim=2) / moved.sum(dim=2).clamp_min(1)",
+     "x = x.mean(dim=2)", test_lam_pools_over_the_changed_patches, {}),
+    ("no commitment loss in stage 1", "return pixel + commitment, {", "return pixel, {",
+     test_losses_by_hand, {}),
+    ("no commitment loss in stage 2", "return pixel + commitment + dynamics,",
+     "return pixel + dynamics,", test_losses_by_hand, {}),
+    ("LAM compared with the frame it saw", "frames[:, 1:].float())", "frames[:, :-1].float())",
+     test_losses_by_hand, {}),
+    ("weight decay forgotten", "weight_decay=self.c.weight_decay, ", "",
+     test_optimizer_is_the_one_asked_for, {}),
+    ("twice the learning rate", '["lr"] = lr = learning_rate(', '["lr"] = lr = 2 * learning_rate(',
+     test_optimizer_is_the_one_asked_for, {}),
+    ("action noise ignored", "torch.where(swaps[..., None] >= 0,",
+     "torch.where(swaps[..., None] > 99,", test_action_noise, {"noise": 1.0}),
+    ("action noise the wrong way round", ">= c.action_noise", "< c.action_noise",
+     test_action_noise, {"noise": 0.25}),
+    ("gradients of micro-batches added up", "(loss / len(parts)).backward()", "loss.backward()",
+     test_micro_batches_equal_one_big_batch, {"stage": 0}),
+    ("codebook learns from one micro-batch", "self.seen.append((flat, indices))",
+     "self.seen = [(flat, indices)]", test_micro_batches_equal_one_big_batch, {"stage": 1}),
+    ("no warm-up", "warm = min(1.0, (step + 1) / max(1, c.warmup))", "warm = 1.0",
+     test_learning_rate, {}),
+    ("cosine over the warm-up too", "max(0, step - c.warmup)", "step", test_learning_rate, {}),
+    ("clips all from the beginning", "first:first + length]", ":length]",
+     test_frames_are_those_of_the_file, {}),
+    ("each epoch in the same order", "generator=seeded(seed, stage, epoch)",
+     "generator=seeded(seed, stage)", test_each_epoch_visits_each_sequence_once, {}),
+    ("sequences drawn with repeats", "torch.randperm(len(self), generator=seeded",
+     "torch.randint(len(self), (len(self),), generator=seeded",
+     test_each_epoch_visits_each_sequence_once, {}),
+    ("batch from the global generator", "torch.randint(late + 1, (1,), generator=seeded(seed,"
+     " stage, step, 1))", "torch.randint(late + 1, (1,))",
+     test_a_batch_depends_on_seed_stage_and_step_alone, {}),
+    ("no stop-gradient", "swapped, actions.detach())", "swapped, actions)",
+     test_gradients_stay_where_they_belong, {}),
+    ("tokenizer still training in stage 2", "genie = self.genie.eval()", "genie = self.genie",
+     test_stage_2_leaves_the_tokenizer_alone, {}),
+    ("tokenizer among the models of stage 2", "[genie.lam, genie.dynamics], [])",
+     "[genie.lam, genie.dynamics, genie.tokenizer], [])", test_stage_2_leaves_the_tokenizer_alone,
+     {}),
+    ("frames of a clip rolled apart", "x[b].roll(shifts[b].tolist(), (1, 2))",
+     "torch.stack([f.roll((t + 1) * int(shifts[b, 0]), 0) for t, f in enumerate(x[b])])",
+     test_lam_roll, {}),
+    ("all clips rolled alike", "shifts[b].tolist()", "shifts[0].tolist()", test_lam_roll, {}),
+    ("rolled unasked", "* c.lam_roll", "", test_lam_roll, {}),
+    ("loss over the masked tokens of a micro-batch", 'reduction="sum")\n        rate',
+     'reduction="mean") * 144\n        rate', test_micro_batches_equal_one_big_batch, {"stage": 1}),
+    ("optimizer forgotten on resuming", 'self.optimizer.load_state_dict(checkpoint["optimizer"])',
+     "pass", test_resume_is_exact, {"stage": 0, "step": 3, "how": "stop"}),
+    ("batches start anew on resuming", 'self.step, self.rows = checkpoint["step"],',
+     "self.step, self.rows = 0,", test_resume_is_exact, {"stage": 1, "step": 1, "how": "stop"}),
+    ("log forgotten on resuming", 'checkpoint["step"], checkpoint["rows"]',
+     'checkpoint["step"], []', test_resume_is_exact, {"stage": 1, "step": 6, "how": "crash"}),
+    ("accuracy without a majority", "joint.max(1).sum()", "joint.max(0).sum()",
+     test_compare_actions, {}),
+    ("perplexity in bits", "share[share > 0].log()).sum()", "share[share > 0].log2()).sum()",
+     test_code_use, {}),
+    ("PSNR of the amplitude", "-10 * math.log10", "-20 * math.log10", test_psnr_and_wrong_pixels,
+     {}),
+    ("overlap of the black pixels", "(x & drawn).sum()", "(1 - (x | drawn)).sum()",
+     test_tokenizer_is_scored_by_hand, {}),
+    ("one step from the generated past", "genie.observe(state, tokens[:, t + 1], real[:, t])",
+     "genie.observe(state, tokens[:, t], real[:, t])", test_one_step_starts_from_the_real_past, {}),
+    ("LAM compared with the wrong frames", "wrong(logits > 0, x[:, 1:])",
+     "wrong(logits > 0, x[:, :-1])", test_lam_is_compared_with_copying, {}),
+    ("dead codes among the random actions", "((marginal > 0).float(), marginal)",
+     "(torch.ones_like(marginal), marginal)", test_random_actions_are_among_those_in_use, {}),
+    ("rollout compared one frame off", "x[:, 1:actions.shape[1] + 1]) for k",
+     "x[:, :actions.shape[1]]) for k",
+     test_evaluation_of_a_perfect_world, {}),
+    ("checkpoints may run code", "weights_only=True", "weights_only=False", test_bad_checkpoint,
+     {"kind": "pickle"}),
+    ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
+     test_bad_checkpoint, {"kind": "NaN"}),
+    ("checkpoint written in place",
+     "with data_prep.written_whole(path) as file:\n        torch.save",
+     'with open(path, "wb") as file:\n        torch.save', test_saving_is_all_or_nothing, {}),
+]
+
+
+@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in BUGS],
+                         ids=[bug[0] for bug in BUGS])
+def test_planted_bug_is_caught(old, new, test, arguments, demo_file, tmp_path, request,
+                               monkeypatch):
+    """Failing with DID NOT RAISE means that a guard is asleep: the bug is planted, its test passes.
+
+    Failing in `mutant` means that the text to break is no longer in genie_mini.py: write it anew.
+    """
+    broken = mutant(old, new)
+    fixtures = {"demo_file": demo_file, "tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    needs = inspect.signature(test).parameters
+    given = {name: value for name, value in fixtures.items() if name in needs}
+    if "whole_run" in needs:
+        given["whole_run"] = request.getfixturevalue("whole_run")
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(**given, **arguments, gm=broken)
+
+
+# --- the commands, from a video to a GIF -----------------------------------------------------
+
+TRAIN_STEPS = ["--tok_steps", "6", "--dyn_steps", "6", "--tok_unquantized", "2",
+               "--val_sequences", "3", "--val_every", "6"]
+
+
+def moving_video(path):
+    """Ten seconds of a white square that walks around, as a real H.264 file: 6 windows."""
+    pictures = []
+    for t in range(300):
+        picture = np.zeros((128, 128), dtype=np.uint8)
+        y, x = 8 * (t // 30) % 96, abs(2 * (t % 96) - 96)
+        picture[y:y + 24, x:x + 24] = 255
+        pictures.append(picture)
+    return encode(path, pictures, steady(30, 10))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a video's data file and a run trained on it by the command line."""
+    folder = tmp_path_factory.mktemp("workspace")
+    video, data = moving_video(folder / "walk.mp4"), folder / "walk.npz"
+    assert dp.main(["video", str(video), "-o", str(data)]) == 0
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert genie_mini.main(["train", "--preset", "smoke", "--data", str(data), *TRAIN_STEPS,
+                                "--out", str(folder / "run")]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return folder
+
+
+FIELDS = {
+    "tokenizer": {"wrong_pixels", "iou", "codes_used", "perplexity"},
+    "lam": {"wrong_pixels", "copy_wrong_pixels", "actions_used", "perplexity", "nmi", "accuracy",
+            "accuracy_chance"},
+    "dynamics": {"psnr_inferred", "psnr_random", "delta_psnr", "delta_psnr_null",
+                 "wrong_pixels_inferred", "wrong_pixels_random", "wrong_pixels_copy",
+                 "rollout_wrong_pixels"}}
+
+
+def check_evaluation(path):
+    """Every field that the README names is there, and every number is a number."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert set(result) == set(FIELDS)
+    for part, names in FIELDS.items():
+        assert names <= set(result[part]), part
+    assert set(result["dynamics"]["rollout_wrong_pixels"]) == {"4", "8", "15"}
+    assert result["lam"]["nmi"] is None, "the video's true actions are not known"
+    dynamics = result["dynamics"]
+    assert dynamics["delta_psnr"] == pytest.approx(
+        dynamics["psnr_inferred"] - dynamics["psnr_random"])
+    assert 0 <= result["tokenizer"]["iou"] <= 1
+    assert 0 <= result["tokenizer"]["wrong_pixels"] <= 4096
+
+
+def test_train_leaves_a_whole_run(workspace):
+    """Failing means that training from a video does not end with all that the README promises."""
+    run = workspace / "run"
+    expected = {"checkpoint.pt", "metrics.csv", "losses.png", "reconstruction.png", "rollout.png",
+                "buttons.png", "eval.json"}
+    assert {path.name for path in run.iterdir()} == expected
+    for name in expected:
+        if name.endswith(".png"):
+            with Image.open(run / name) as image:
+                image.verify()
+    with Image.open(run / "buttons.png") as image:
+        assert image.size == (72 + 16 * 66, 8 * 66), "eight rows of 16 frames"
+    check_evaluation(run / "eval.json")
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    assert rows[0][:3] == ["stage", "step", "lr"] and {len(row) for row in rows} == {len(rows[0])}
+    assert [row[:2] for row in rows[1:]] == [["tokenizer", "5"], ["tokenizer", "6"],
+                                             ["world", "5"], ["world", "6"]]
+
+
+def test_eval_command(workspace, tmp_path, capsys):
+    """Failing means that eval does not report what the README says."""
+    for split in ("test", "val"):
+        out, figure = tmp_path / f"{split}.json", tmp_path / f"{split}.png"
+        assert genie_mini.main(["eval", "--run", str(workspace / "run"), "--split", split,
+                                "--json", str(out), "--figure", str(figure), "--count", "2"]) == 0
+        check_evaluation(out)
+        with Image.open(figure) as image:
+            assert image.size[0] == 72 + 16 * 66
+    assert "delta_psnr" in capsys.readouterr().out
+    first, second = (json.loads((tmp_path / f"{s}.json").read_text()) for s in ("test", "val"))
+    assert first != second, "the splits must differ"
+
+
+def gif_frames(path):
+    """The frames of a GIF of play: (n, 64, 64) of 0 and 1."""
+    with Image.open(path) as image:
+        frames = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            frames.append(np.array(image.convert("L"))[::4, ::4] // 255)
+    return np.stack(frames)
+
+
+def play_command(workspace, out, *arguments):
+    """Run play on the workspace's run; returns the path of the GIF."""
+    assert genie_mini.main(["play", "--run", str(workspace / "run"), "--out", str(out),
+                            *arguments]) == 0
+    return out
+
+
+def duration(path):
+    """Milliseconds that a GIF lasts: 100 a frame. (Equal frames are stored as one long one.)"""
+    with Image.open(path) as image:
+        total = 0
+        for i in range(image.n_frames):
+            image.seek(i)
+            total += image.info["duration"]
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_play_from_the_data(workspace, tmp_path, count):
+    """Failing means that play starts elsewhere, or presses more or fewer buttons than asked."""
+    buttons = ",".join(str(t % 8) for t in range(count))
+    out = play_command(workspace, tmp_path / "a.gif", "--start", "2", "--actions", buttons)
+    assert duration(out) == 100 * (count + 1)
+    first = dp.unpack(dp.load_split(workspace / "walk.npz", "test")["bits"])[2, 0]
+    assert (gif_frames(out)[0] == first).all()
+    again = play_command(workspace, tmp_path / "b.gif", "--start", "2", "--actions", buttons)
+    assert out.read_bytes() == again.read_bytes(), "the same seed, the same dream"
+
+
+def test_play_from_an_image(workspace, tmp_path):
+    """Failing means that one cannot start from a picture of one's own."""
+    frame = dp.DemoWorld(3).frame()
+    Image.fromarray(frame * 255).resize((320, 320), 0).save(tmp_path / "start.png")
+    out = play_command(workspace, tmp_path / "a.gif", "--image", str(tmp_path / "start.png"),
+                       "--actions", "0,1", "--seed", "3")
+    assert (gif_frames(out)[0] == frame).all() and duration(out) == 300
+
+
+def test_play_without_actions_shows_every_button(workspace, tmp_path):
+    """Failing means that bare play does not show what each of the eight buttons does."""
+    out = play_command(workspace, tmp_path / "a.gif")
+    assert duration(out) == 1600
+    panels = np.split(gif_frames(out)[0], 8, axis=1)                    # 64 pixels and a gap each
+    first = dp.unpack(dp.load_split(workspace / "walk.npz", "test")["bits"])[0, 0]
+    assert all((panel[:, :64] == first).all() for panel in panels)
+
+
+def test_play_force_replaces(workspace, tmp_path):
+    """Failing means that --force does not replace the animation."""
+    (tmp_path / "a.gif").write_bytes(b"old")
+    out = play_command(workspace, tmp_path / "a.gif", "--actions", "0", "--force")
+    assert duration(out) == 200
+
+
+def test_resume_command(workspace, tmp_path, capsys):
+    """Failing means that an interrupted run cannot be taken up from the command line, or that a
+    finished one is trained again."""
+    run = tmp_path / "run"
+    shutil.copytree(workspace / "run", run)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert genie_mini.main(["train", "--resume", "--out", str(run)]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for name in ("metrics.csv", "eval.json"):
+        assert (run / name).read_bytes() == (workspace / "run" / name).read_bytes()
+    assert "tokenizer 1/6" not in capsys.readouterr().out
+
+
+def test_training_gives_ctrl_c_back(workspace, tmp_path):
+    """Failing means that after training in a notebook, Ctrl-C no longer works there."""
+    before = signal.getsignal(signal.SIGINT)
+    shutil.copytree(workspace / "run", tmp_path / "run")
+    try:
+        genie_mini.main(["train", "--resume", "--out", str(tmp_path / "run")])
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_bench_command(tmp_path):
+    """Failing means that bench is broken, or that the cache it times is not exact."""
+    out = tmp_path / "bench.json"
+    assert genie_mini.main(["bench", "--preset", "smoke", "--json", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert set(result) == {"train", "play", "memory", "machine"}
+    for stage in ("tokenizer", "world"):
+        assert set(result["train"][stage]) == {"sequences_per_s", "mfu"}
+        assert result["train"][stage]["sequences_per_s"] > 0
+        assert 0 < result["train"][stage]["mfu"] < 2
+    play = result["play"]
+    assert set(play) == {"fps", "fps_uncached", "speedup", "max_abs_diff"}
+    assert play["fps"] > 0 and play["speedup"] == pytest.approx(play["fps"] / play["fps_uncached"])
+    assert play["max_abs_diff"] < 1e-4
+    assert result["memory"]["peak_gib"] is None or result["memory"]["peak_gib"] > 0
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ("", "required"),
+    ("tarin", "invalid choice"),
+    ("train --tok_dims 64", "did you mean --tok_dim?"),
+    ("train --data D --learning_rate 1", "--learning_rate"),
+    ("train --data D --preset smoke --tok_dim wide", "--tok_dim"),
+    ("train --data D --preset smoke --batch 1.5", "--batch"),
+    ("train --data D --preset smoke --lam_roll maybe", "--lam_roll"),
+    ("train --data D --preset huge", "choose full, laptop, smoke"),
+    ("train --data D --preset smoke --device tpu", "--device"),
+    ("train --data D --preset smoke --tok_dim 36 --tok_heads 8", "multiple of"),
+    ("train --data D --preset smoke --dyn_dim 18", "multiple of"),
+    ("train --data D --preset smoke --lr nan", "--lr is nan"),
+    ("train --data D --preset smoke --lr inf", "--lr is inf"),
+    ("train --data D --preset smoke --lr -1", "--lr is -1"),
+    ("train --data D --preset smoke --seed -1", "--seed"),
+    ("train --data D --preset smoke --mask_min 1.5", "--mask_min"),
+    ("train --data D --preset smoke --temperature -1", "--temperature"),
+    ("train --data D --preset smoke --tok_steps -5", "--tok_steps"),
+    ("train --data D --preset smoke --tok_frames 17", "--tok_frames"),
+    ("train --data D --preset smoke --dyn_frames 1", "--dyn_frames"),
+    ("train --data D --preset smoke --lam_patch 7", "must divide 64"),
+    ("train --data D --preset smoke --dyn_fold 3", "must divide 16"),
+    ("train --data D --preset smoke --micro_batch 3", "multiple of --micro_batch"),
+    ("train --data none.npz --preset smoke", "none.npz"),
+    ("train --data text.npz --preset smoke", "text.npz"),
+    ("train --data . --preset smoke", "."),
+    ("train --data D --preset smoke --out RUN", "already holds a run"),
+    ("train --data D --preset smoke --out text.npz", "text.npz"),
+    ("train --resume", "--out"),
+    ("train --resume --out none", "no checkpoint"),
+    ("train --resume --out RUN --lr 0.5", "--lr differs"),
+    ("train --resume --out RUN --preset full", "--preset differs"),
+    ("train --resume --out RUN --data none.npz", "none.npz"),
+    ("eval --run none", "no checkpoint"),
+    ("eval --run text.npz", "not a checkpoint"),
+    ("eval --run RUN --split trial", "--split"),
+    ("eval --run RUN --count 0", "--count"),
+    ("eval --run RUN --data none.npz", "none.npz"),
+    ("eval --run RUN --jsno x", "did you mean --json?"),
+    ("eval --run RUN --count 1 --json none/x.json", "none"),
+    ("eval --run RUN --count 1 --figure none/x.png", "none"),
+    ("play --run RUN --actions 8", "0 to 7"),
+    ("play --run RUN --actions -1", "0 to 7"),
+    ("play --run RUN --actions 0,-1", "0 to 7"),
+    ("play --run RUN --actions a", "whole numbers"),
+    ("play --run RUN --actions 0,,1", "whole numbers"),
+    ("play --run RUN --actions 1.5", "whole numbers"),
+    ("play --run RUN --actions=", "whole numbers"),
+    ("play --run RUN --actions 8 --out new/roll.gif", "0 to 7"),
+    ("play --run RUN --actions 0 --out roll.mp4", ".gif"),
+    ("play --run RUN --actions 0 --out there.gif", "--force"),
+    ("play --run RUN --actions 0 --start 99", "--start 99"),
+    ("play --run RUN --actions 0 --start -1", "--start -1"),
+    ("play --run RUN --actions 0 --seed -1", "--seed"),
+    ("play --run RUN --actions 0 --image none.png", "none.png"),
+    ("play --run RUN --actions 0 --image text.npz", "text.npz"),
+    ("play --run RUN --actions 0 --image a.png --start 1", "one of them"),
+    ("play --run none --actions 0", "no checkpoint"),
+    ("bench --preset smoke --tok_dim 0", "--tok_dim"),
+    ("bench --preset none", "choose full"),
+    ("bench --preset smoke --run x", "--run"),
+])
+def test_model_mistakes_get_one_sentence(workspace, tmp_path, monkeypatch, capsys, arguments,
+                                         expected):
+    """Failing means that a user's mistake ends in a traceback, a wrong status, or debris."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.npz").write_text("no data", encoding="utf-8")
+    (tmp_path / "there.gif").write_bytes(b"precious")
+    before, run = sorted(tmp_path.rglob("*")), workspace / "run" / "metrics.csv"
+    log = run.read_bytes()
+    names = {"D": str(workspace / "walk.npz"), "RUN": str(workspace / "run")}
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        status = genie_mini.main([names.get(word, word) for word in arguments.split()])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    err = capsys.readouterr().err
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert expected in err
+    assert sorted(tmp_path.rglob("*")) == before, "nothing may be created"
+    assert (tmp_path / "there.gif").read_bytes() == b"precious" and run.read_bytes() == log
+
+
+def test_status_and_stderr_of_genie_mini(tmp_path):
+    """Failing means that scripts cannot tell from the exit status that something went wrong."""
+    run = subprocess.run([sys.executable, genie_mini.__file__, "eval", "--run", "none"],
+                         cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
