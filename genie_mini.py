@@ -825,13 +825,10 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        return Genie.build(read_checkpoint(path))
-
-    @staticmethod
-    def build(checkpoint):
-        """The same from a checkpoint already read; see read_checkpoint in section 9."""
+        checkpoint = read_checkpoint(path)                              # section 9
         genie = Genie(checkpoint["config"])
         load_weights(genie, checkpoint["model"])
+        genie.trained_on = checkpoint["data"]
         return genie.eval()
 
 
@@ -1337,13 +1334,13 @@ def parse_actions(text, num_actions):
     return actions
 
 
-def first_frame(args, checkpoint):
+def first_frame(args, genie):
     """The (64, 64) frame that play starts from: --image, or frame 1 of sequence --start."""
     if args.image is not None:
         if args.start is not None:
             raise UserError("--image and --start both name a first frame: give one of them")
         return torch.from_numpy(data_prep.image_to_frame(args.image))
-    data, start = Sequences(find_data(args.data, checkpoint), args.split), args.start or 0
+    data, start = Sequences(find_data(args.data or genie.trained_on), args.split), args.start or 0
     if not 0 <= start < len(data):
         raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
     return data.frames([start])[0, 0]
@@ -1352,12 +1349,13 @@ def first_frame(args, checkpoint):
 def play(args):
     """`play`: a GIF of what the buttons in --actions do; without them, of each one held down."""
     out = data_prep.check_output(args.out, (".gif",), args.force)
-    checkpoint = read_checkpoint(checkpoint_path(args.run))
-    genie = Genie.build(checkpoint)
+    genie = Genie.load(checkpoint_path(args.run))
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: it cannot be negative")
     plan = held_buttons(genie)
     if args.actions is not None:
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
-    first, began = first_frame(args, checkpoint).expand(len(plan), SIZE, SIZE), time.monotonic()
+    first, began = first_frame(args, genie).expand(len(plan), SIZE, SIZE), time.monotonic()
     made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
     speed = plan.numel() / (time.monotonic() - began)
     panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
@@ -1456,6 +1454,8 @@ def peak_memory():
 
 def bench(args):
     """`bench`: training and playing speed of a preset on this machine."""
+    if args.json is not None:
+        data_prep.check_output(args.json, (".json",), args.force)
     config = make_config(args)
     device = pick_device(config.device)
     result = {"train": bench_training(config, device), "play": bench_play(config, device),
@@ -1466,7 +1466,7 @@ def bench(args):
                           "preset": config.preset}}
     for part, numbers in result.items():
         print(part, json.dumps(numbers))
-    if args.json:
+    if args.json is not None:
         write_json(result, args.json)
 
 
@@ -1487,9 +1487,9 @@ def checkpoint_path(run):
     return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
 
 
-def find_data(data, checkpoint=None):
-    """The data file named, or the one a checkpoint was trained on, or the demo world."""
-    path = Path(data or (checkpoint or {}).get("data") or DEMO_DATA)
+def find_data(data):
+    """The data file named, or the demo world, which is rendered if need be."""
+    path = Path(data or DEMO_DATA)
     if path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
@@ -1527,11 +1527,10 @@ def prepare(args):
     if args.out is None:
         raise UserError("--resume needs --out runs/NAME: which run should go on?")
     checkpoint = read_checkpoint(checkpoint_path(args.out))
-    for name, value in given_fields(args).items():
-        if value != getattr(checkpoint["config"], name):
-            raise UserError(f"--{name} differs from the run's own value: a resumed run keeps its"
-                            " config, so leave the flag out, or start another run")
-    trainer = Trainer(checkpoint["config"], find_data(args.data, checkpoint), args.out)
+    if given_fields(args):
+        raise UserError(f"--{next(iter(given_fields(args)))} cannot be given with --resume: a run"
+                        " keeps its config; leave the flag out, or start another run")
+    trainer = Trainer(checkpoint["config"], find_data(args.data or checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
     return trainer
 
@@ -1565,16 +1564,17 @@ def eval_command(args):
     """`eval`: measure a run on one split, as a table, JSON and pictures."""
     if args.count < 1:
         raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
-    checkpoint = read_checkpoint(checkpoint_path(args.run))
-    genie = Genie.build(checkpoint)
-    data = Sequences(find_data(args.data, checkpoint), args.split)
+    for path, suffix in ((args.json, ".json"), (args.figure, ".png")):
+        if path is not None:
+            data_prep.check_output(path, (suffix,), args.force)
+    genie = Genie.load(checkpoint_path(args.run))
+    data = Sequences(find_data(args.data or genie.trained_on), args.split)
     result = evaluate(genie, data, args.count)
     print_table(result)
-    if args.json:
+    if args.json is not None:
         write_json(result, args.json)
-    figure = args.figure or (args.run and Path(args.run).is_dir() and Path(args.run) / "eval.png")
-    if figure:
-        draw_rollout(genie, data, spread(data, args.count), figure)
+    if args.figure is not None:
+        draw_rollout(genie, data, spread(data, args.count), args.figure)
 
 
 def true_or_false(text):
@@ -1610,13 +1610,14 @@ def build_parser():
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
     add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
-    add["eval"]("--figure", help="PNG of real and generated clips [eval.png in the run's folder]")
+    add["eval"]("--figure", help="also draw real and generated clips to this PNG")
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
     add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [hold each one]")
     add["play"]("--out", default="roll.gif", help="the animation to write [roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
-    add["play"]("--force", action="store_true", help="replace --out if it exists")
+    for name in ("eval", "play", "bench"):
+        add[name]("--force", action="store_true", help="replace output files that exist")
     parser.commands = subcommands.choices
     return parser
 
