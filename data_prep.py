@@ -81,11 +81,15 @@ def check_output(path, suffixes, force):
         raise UserError(f"{path} must end in {' or '.join(suffixes)}; change the name after -o")
     if path.exists() and not force:
         raise UserError(f"{path} exists already; choose another name or pass --force to replace it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from None
+    folder = nearest_folder(path)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write in {folder}; choose another place")
     return path
+
+
+def nearest_folder(path):
+    """The folder of a file to be, or the nearest one above it that exists already."""
+    return next(place for place in Path(path).absolute().parents if place.exists())
 
 
 @contextlib.contextmanager
@@ -94,6 +98,7 @@ def written_whole(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)
@@ -820,7 +825,7 @@ def write_video(paths, out, threshold="otsu", crop="center", invert=False, start
     if end is not None and end <= start:
         raise UserError("--end must be later than --start")
     windows, sources, offsets, ticks = [], [], {}, 0
-    with tempfile.TemporaryFile(dir=out.parent) as spool:     # vanishes by itself when closed
+    with tempfile.TemporaryFile(dir=nearest_folder(out)) as spool:    # vanishes when closed
         for path in paths:
             clip = read_clip(path, spool.tell() // SIZE ** 2, spool, crop, start, end)
             clip.level = threshold_level(threshold, clip.histogram)

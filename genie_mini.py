@@ -194,6 +194,9 @@ def check_config(c):
     for name, whole in (("tok_patch", SIZE), ("lam_patch", SIZE), ("dyn_fold", row)):
         if whole % getattr(c, name):
             raise UserError(f"--{name} is {getattr(c, name)}: it must divide {whole}")
+    if c.lam_window == 1 and c.lam_input == "frames":
+        raise UserError("--lam_window 1 needs --lam_input diff: an encoder that sees one frame at a"
+                        " time cannot tell what changed")
     if c.batch % min(c.batch, c.micro_batch):
         raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
 
@@ -895,6 +898,9 @@ def read_checkpoint(path):
             type(config[name]) is not types[name] for name in types):
         raise UserError(f"the config inside {path} has missing, unknown or mistyped fields;"
                         " it was written by another version: train again")
+    missing = {"data", "stage", "step", "rows", "model", "optimizer"} - set(checkpoint)
+    if missing:
+        raise UserError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}; train again")
     checkpoint["config"] = Config(**config)
     return checkpoint
 
@@ -943,7 +949,8 @@ def world_losses(genie, frames, shifts, swaps, masked):
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
     # Stop-gradient: the dynamics takes the actions as they are. A swap of -1 keeps the action.
     swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]          # (B, T-1, L)
-    actions = torch.where(swaps[..., None] >= 0, swapped, actions.detach())
+    swap = genie.lam.quantizer.started & (swaps[..., None] >= 0)        # before that, no codes
+    actions = torch.where(swap, swapped, actions.detach())
     dynamics = genie.dynamics.loss(tokens, actions, masked)
     numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
     return pixel + commitment + dynamics, numbers, chosen
@@ -1545,9 +1552,11 @@ def train(args):
                       for name, part in genie.named_children())
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
-    signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
-    finished = trainer.run()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
+    try:
+        finished = trainer.run()
+    finally:
+        signal.signal(signal.SIGINT, before)             # from here on Ctrl-C just ends it
     if not finished:
         print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
         return 130

@@ -958,7 +958,11 @@ def test_start_picks_distinct_vectors(gm=genie_mini):
     others = [[float(i), 5.0] for i in range(7)]
     quantizer(torch.tensor([[3.0, 3.0]] * 1000 + others))
     quantizer.update(gm.seeded(0))
-    assert sorted(quantizer.codebook.tolist()) == sorted([[3.0, 3.0]] + others)
+    start = quantizer.codebook.clone()
+    assert sorted(start.tolist()) == sorted([[3.0, 3.0]] + others)
+    quantizer(torch.tensor([[3.0, 3.0]] * 1000 + others))
+    quantizer.update(gm.seeded(1))
+    assert close(quantizer.codebook, start), "the moving average starts there, too"
 
 
 def test_dead_code_is_moved_onto_a_lonely_vector(gm=genie_mini):
@@ -974,7 +978,10 @@ def test_dead_code_is_moved_onto_a_lonely_vector(gm=genie_mini):
         quantizer(z)
         quantizer.update(gm.seeded(step))
     assert close(quantizer.codebook[2], torch.tensor([0.3, 0.4]), 1e-6)
+    assert quantizer.idle[2] == 0, "it gets as long again to be chosen"
     assert quantizer(z)[1][-1] == 2, "the lonely vector chooses it now"
+    quantizer.update(gm.seeded(3))
+    assert close(quantizer.codebook[2], torch.tensor([0.3, 0.4]), 1e-6), "and holds it there"
 
 
 def test_dead_code_never_copies_a_live_one(gm=genie_mini):
@@ -1070,6 +1077,15 @@ def test_maskgit_commits_the_surest_first(gm=genie_mini):
     for masked in passes:
         still = int(masked.sum())
         assert masked.flatten().tolist() == [n < still for n in range(16)]
+
+
+def test_order_noise_shuffles_the_order(gm=genie_mini):
+    """Failing means that order_noise does nothing: the commits are then always the same."""
+    genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0, order_noise=100.0)
+    passes = replace_logits(genie.dynamics, lambda i: F.one_hot(torch.arange(16) % 8, 8) * 2.0)
+    for seed in range(2):
+        genie.dynamics.sample(None, torch.zeros(1, 4), genie.config, gm.seeded(seed))
+    assert (passes[1] != passes[5]).any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -1173,6 +1189,17 @@ def test_batched_play_equals_playing_alone(gm=genie_mini):
     for i in range(3):
         alone = genie.rollout(first[i:i + 1], actions[i:i + 1], gm.seeded(0))[0]
         assert (together[i] == alone).all()
+
+
+@torch.no_grad()
+def test_play_starts_as_training_does(gm=genie_mini):
+    """Failing means that the first frame is remembered with an action; nothing led to it."""
+    genie, frames = tiny_genie(gm), random_frames(2)
+    tokens, cache = genie.tokenizer.encode(frames[:, None])[1], gm.Cache(2)
+    genie.dynamics(tokens, tokens < 0, torch.zeros(2, 1, 4), cache)
+    state = genie.start(frames)
+    for (k, v), (other_k, other_v) in zip(state.dynamics.past, cache.past):
+        assert close(k, other_k) and close(v, other_v)
 
 
 def test_play_follows_the_inference_pipeline(gm=genie_mini):
@@ -1317,6 +1344,23 @@ def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     assert close(lengths, q.norm().expand(40)), "a rotation keeps the length"
 
 
+@torch.no_grad()
+def test_time_attention_by_hand(gm=genie_mini):
+    """Failing means that time attention is no longer softmax(q k / sqrt(e)) v over the window.
+
+    One patch, one head of 8 channels, 5 frames, a window of 3: frame t sees t-2, t-1 and t.
+    """
+    layer, x = gm.TemporalAttention(8, 1, window=3), torch.randn(1, 5, 1, 8)
+    q, k, v = layer.qkv(x[0, :, 0]).chunk(3, dim=-1)                    # each (T, e)
+    angles = gm.rotary_angles(torch.arange(5), 4)
+    q, k = gm.rotate(q, angles), gm.rotate(k, angles)
+    y = layer(x, None, 0)[0]
+    for t in range(5):
+        seen = slice(max(0, t - 2), t + 1)
+        share = (k[seen] @ q[t] / math.sqrt(8)).softmax(0)
+        assert close(y[0, t, 0], layer.out(share @ v[seen])), t
+
+
 def spatial_scores(gm, dim, heads, side):
     """The attention scores (h, N, N) of a new layer with neighbour_start, for blank content."""
     layer = gm.SpatialAttention(dim, heads, side, neighbour_start=True)
@@ -1341,23 +1385,24 @@ def test_heads_start_on_their_neighbours(dim, heads, side, gm=genie_mini):
 
 
 def weights_after_training(gm, data, out, stage, micro_batch):
-    """Weights and codebooks after 4 steps in micro-batches of this size."""
+    """Weights and codebooks after 4 steps in micro-batches of this size, and the last numbers."""
     trainer = tiny_trainer(gm, data, out, stage, micro_batch=micro_batch, lr=1e-4, min_lr=1e-4,
                            lam_roll=True, action_noise=0.3, clean_frames=0.3, dyn_layers=1)
     for trainer.step in range(4):
-        trainer.one_step()
-    return weights_of(trainer.genie)
+        numbers = trainer.one_step()
+    return weights_of(trainer.genie), numbers
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_micro_batches_equal_one_big_batch(demo_file, tmp_path, stage, gm=genie_mini):
     """Failing means that micro_batch, which should only save memory, changes what is learned."""
-    whole = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=8)
-    parts = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=2)
+    whole, numbers = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=8)
+    parts, others = weights_after_training(gm, demo_file, tmp_path, stage, micro_batch=2)
     part = ("tokenizer.", "lam.")[stage] + "quantizer.started"
     assert whole[part], "the codebook must be in use, or the test says little"
     for name in whole:
         assert close(whole[name].float(), parts[name].float(), 1e-5), name
+    assert numbers == pytest.approx(others, rel=1e-3), "what is logged"
 
 
 def test_losses_by_hand(gm=genie_mini):
@@ -1391,6 +1436,15 @@ def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
     rate = gm.learning_rate(4, trainer.c.tok_steps, trainer.c)
     assert group["lr"] == row["lr"] == rate
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
+
+
+def test_gradients_are_clipped(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that one odd batch can throw the weights far away."""
+    trainer, norms = tiny_trainer(gm, demo_file, tmp_path, grad_clip=0.01), []
+    trainer.optimizer.step = lambda: norms.append(torch.stack(
+        [p.grad.norm() for p in trainer.genie.tokenizer.parameters()]).norm().item())
+    row = trainer.one_step()
+    assert norms == [pytest.approx(0.01, rel=1e-3)] and row["grad_norm"] > 0.01
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 1.0])
@@ -1938,6 +1992,16 @@ BUGS = [
      "weight += 1e-9", test_dead_code_never_copies_a_live_one, {}),
     ("codebook starts at once", "if self.steps >= self.unquantized:", "if True:",
      test_quantizer_lets_everything_through_until_it_starts, {}),
+    ("a re-seeded code is dragged back", "self.ema_sum[code] = self.codebook[code]", "pass",
+     test_dead_code_is_moved_onto_a_lonely_vector, {}),
+    ("a re-seeded code still counts as idle", "            self.idle[code] = 0\n", "",
+     test_dead_code_is_moved_onto_a_lonely_vector, {}),
+    ("the average starts at zero", "self.ema_sum.copy_(self.codebook * self.ema_count[:, None])",
+     "pass", test_start_picks_distinct_vectors, {}),
+    ("scores not scaled", "@ k.transpose(-1, -2) / math.sqrt(e)", "@ k.transpose(-1, -2)",
+     test_time_attention_by_hand, {}),
+    ("no noise in the order", "surety = surety + c.order_noise", "surety = surety + 0",
+     test_order_noise_shuffles_the_order, {}),
     ("temperature ignored", "c.temperature * noise", "noise", test_temperature_is_that_of_a_softmax,
      {"temperature": 0.5}),
     ("temperature ignored, at 0", "c.temperature * noise", "noise", test_sampling_follows_the_seed,
@@ -1970,6 +2034,8 @@ BUGS = [
      "keep = kv[0].shape[3]", test_play_goes_on_past_the_window, {}),
     ("step changes the old state", "PlayState(state.dynamics.copy(), state.decoder.copy())",
      "PlayState(state.dynamics, state.decoder)", test_step_leaves_the_old_state_alone, {}),
+    ("an action leads to the first frame", "torch.zeros(len(frames), self.config.latent_dim,",
+     "torch.ones(len(frames), self.config.latent_dim,", test_play_starts_as_training_does, {}),
     ("all players press the first one's button", "action[:, None], cache, commit=False)",
      "action[:1, None].expand(B, 1, -1), cache, commit=False)",
      test_batched_play_equals_playing_alone, {}),
@@ -2024,6 +2090,8 @@ BUGS = [
      test_optimizer_is_the_one_asked_for, {}),
     ("twice the learning rate", '["lr"] = lr = learning_rate(', '["lr"] = lr = 2 * learning_rate(',
      test_optimizer_is_the_one_asked_for, {}),
+    ("gradients not clipped", "nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip)",
+     "nn.utils.clip_grad_norm_(m.parameters(), 1e9)", test_gradients_are_clipped, {}),
     ("action noise ignored", "torch.where(swaps[..., None] >= 0,",
      "torch.where(swaps[..., None] > 99,", test_action_noise, {"noise": 1.0}),
     ("action noise the wrong way round", ">= c.action_noise", "< c.action_noise",
@@ -2190,13 +2258,15 @@ def test_eval_command(workspace, tmp_path, capsys):
     for split in ("test", "val"):
         out, figure = tmp_path / f"{split}.json", tmp_path / f"{split}.png"
         assert genie_mini.main(["eval", "--run", str(workspace / "run"), "--split", split,
-                                "--json", str(out), "--figure", str(figure), "--count", "2"]) == 0
+                                "--json", str(out), "--figure", str(figure), "--count", "3"]) == 0
         check_evaluation(out)
         with Image.open(figure) as image:
             assert image.size[0] == 72 + 16 * 66
     assert "delta_psnr" in capsys.readouterr().out
     first, second = (json.loads((tmp_path / f"{s}.json").read_text()) for s in ("test", "val"))
     assert first != second, "the splits must differ"
+    trained = json.loads((workspace / "run" / "eval.json").read_text())
+    assert first == trained, "training ends with the evaluation of the test split"
 
 
 def gif_frames(path):
@@ -2337,8 +2407,8 @@ def test_bench_command(tmp_path):
     ("train --data D --preset smoke --out text.npz", "text.npz"),
     ("train --resume", "--out"),
     ("train --resume --out none", "no checkpoint"),
-    ("train --resume --out RUN --lr 0.5", "--lr differs"),
-    ("train --resume --out RUN --preset full", "--preset differs"),
+    ("train --resume --out RUN --lr 0.5", "--lr cannot be given"),
+    ("train --resume --out RUN --preset full", "--preset cannot be given"),
     ("train --resume --out RUN --data none.npz", "none.npz"),
     ("eval --run none", "no checkpoint"),
     ("eval --run text.npz", "not a checkpoint"),
@@ -2346,8 +2416,10 @@ def test_bench_command(tmp_path):
     ("eval --run RUN --count 0", "--count"),
     ("eval --run RUN --data none.npz", "none.npz"),
     ("eval --run RUN --jsno x", "did you mean --json?"),
-    ("eval --run RUN --count 1 --json none/x.json", "none"),
-    ("eval --run RUN --count 1 --figure none/x.png", "none"),
+    ("eval --run RUN --json x.txt", "must end in .json"),
+    ("eval --run RUN --figure x.jpg", "must end in .png"),
+    ("eval --run RUN --json text.npz/x.json", "cannot make the folder"),
+    ("bench --preset smoke --json x.txt", "must end in .json"),
     ("play --run RUN --actions 8", "0 to 7"),
     ("play --run RUN --actions -1", "0 to 7"),
     ("play --run RUN --actions 0,-1", "0 to 7"),
