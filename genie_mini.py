@@ -161,7 +161,7 @@ PRESETS = {
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=800,
         lam_dim=128, lam_layers=2, lam_window=1, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=600, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        lam_pool="changed", lam_unquantized=1200, dyn_dim=128, dyn_layers=4, dyn_fold=2,
         dyn_window=4, dyn_frames=4, dyn_steps=4500, clean_frames=0.5, action_noise=0.03,
         neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4, warmup=100,
         beta2=0.99, val_every=250),
