@@ -460,7 +460,7 @@ def make_inputs(folder):
     ("video good.mp4 -o there.npz", "--force"),
     ("video good.mp4 -o folder.npz", "is a directory"),
     ("video good.mp4 -o out.txt", "must end in .npz"),
-    ("video good.mp4 -o good.mp4/out.npz", "cannot make the folder"),
+    ("video good.mp4 -o good.mp4/out.npz", "cannot write in"),
     ("demo -o there.npz", "--force"),
     ("demo -o out.npz --minutes nan", "--minutes"),
     ("demo -o out.npz --minutes 0.05", "--minutes"),
@@ -1466,6 +1466,11 @@ def test_action_noise(noise, gm=genie_mini):
     swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]
     expected = torch.where(swaps[..., None] >= 0, swapped, inferred)
     assert close(given[0], expected)
+    genie.lam.quantizer.started.fill_(False)
+    with torch.no_grad():
+        gm.world_losses(genie, frames, shifts, swaps, masked)
+        inferred = genie.lam.encode(frames)[0]
+    assert close(given[1], inferred), "before the codebook starts there is nothing to swap with"
 
 
 def test_learning_rate(gm=genie_mini):
@@ -2092,8 +2097,10 @@ BUGS = [
      test_optimizer_is_the_one_asked_for, {}),
     ("gradients not clipped", "nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip)",
      "nn.utils.clip_grad_norm_(m.parameters(), 1e9)", test_gradients_are_clipped, {}),
-    ("action noise ignored", "torch.where(swaps[..., None] >= 0,",
-     "torch.where(swaps[..., None] > 99,", test_action_noise, {"noise": 1.0}),
+    ("action noise ignored", "(swaps[..., None] >= 0)", "(swaps[..., None] > 99)",
+     test_action_noise, {"noise": 1.0}),
+    ("action noise from an empty codebook", "genie.lam.quantizer.started & ", "",
+     test_action_noise, {"noise": 1.0}),
     ("action noise the wrong way round", ">= c.action_noise", "< c.action_noise",
      test_action_noise, {"noise": 0.25}),
     ("gradients of micro-batches added up", "(loss / len(parts)).backward()", "loss.backward()",
@@ -2418,7 +2425,7 @@ def test_bench_command(tmp_path):
     ("eval --run RUN --jsno x", "did you mean --json?"),
     ("eval --run RUN --json x.txt", "must end in .json"),
     ("eval --run RUN --figure x.jpg", "must end in .png"),
-    ("eval --run RUN --json text.npz/x.json", "cannot make the folder"),
+    ("eval --run RUN --json text.npz/x.json", "cannot write in"),
     ("bench --preset smoke --json x.txt", "must end in .json"),
     ("play --run RUN --actions 8", "0 to 7"),
     ("play --run RUN --actions -1", "0 to 7"),
