@@ -31,7 +31,6 @@ Where this departs from the paper, a named switch in Config says so and why; the
 turns every such switch off. README's "How this differs from Genie" lists them with their effect.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -84,43 +83,37 @@ class Config:
     tok_dim: int = setting(256, "model width", low=1)
     tok_heads: int = setting(4, "attention heads", low=1)
     tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
-    tok_window: int = setting(16, "frames that time attention reaches over, the present one"
-                              " included; 1 = each frame alone (departure: faster, and a token"
-                              " means the same whatever came before)", low=1)
+    tok_window: int = setting(16, "frames in reach of time attention; 1 = each frame alone"
+                              " (departure: a token means the same whatever came before)", low=1)
     tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2)
     # Latent action model (stage 2)
     lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail", low=1)
     lam_dim: int = setting(256, "model width", low=1)
     lam_heads: int = setting(4, "attention heads", low=1)
     lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
-    lam_window: int = setting(16, "frames that time attention reaches over; 1 = the encoder sees"
-                              " one step and the decoder the last frame (departure: less to"
-                              " confuse the meaning of a code with)", low=1)
-    lam_input: str = setting("frames", "what the encoder sees: frames as in the paper, or their"
-                             " difference (departure: a code can then only mean motion)",
-                             options=("frames", "diff"))
+    lam_window: int = setting(16, "frames in reach of time attention; 1 = the encoder sees one"
+                              " step, the decoder one frame (departure: less to confuse)", low=1)
+    lam_input: str = setting("frames", "what the encoder sees; diff = the change between frames"
+                             " (departure: all motion, no place)", options=("frames", "diff"))
     lam_roll: bool = setting(False, "train the encoder on a randomly rolled copy (departure: a"
                              " code can then not depend on the place)")
-    lam_pool: str = setting("mean", "patches to one action: the mean of all, or of those that"
-                            " changed (departure: few do, and the others drown them)",
-                            options=("mean", "changed"))
+    lam_pool: str = setting("mean", "patches to one action: the mean of all, or of the changed"
+                            " (departure: they drown in the rest)", options=("mean", "changed"))
     num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2)
     # Dynamics model (stage 2)
     dyn_dim: int = setting(256, "model width", low=1)
     dyn_heads: int = setting(4, "attention heads", low=1)
     dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
-    dyn_window: int = setting(16, "frames that time attention reaches over, the present included;"
-                              " fewer = faster, for a world with a short memory (departure)", low=2)
+    dyn_window: int = setting(16, "frames in reach of time attention; fewer = faster, for a world"
+                              " with a short memory (departure)", low=2)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
-    clean_frames: float = setting(0.0, "share of frames left unmasked in training (departure: at"
-                                  " play the past is clean, in the paper's training never)",
-                                  high=0.99)
-    action_noise: float = setting(0.0, "share of actions swapped for a random code when training"
-                                  " the dynamics (departure: the LAM calls a step into a wall"
-                                  " \"stay\", so what a button does there is otherwise never seen)",
-                                  high=1)
+    clean_frames: float = setting(0.0, "share of training frames left unmasked (departure: at play"
+                                  " the past is clean, in the paper's training never)", high=0.99)
+    action_noise: float = setting(0.0, "share of actions swapped for random codes when the dynamics"
+                                  " trains (departure: the LAM calls a blocked step a stay, so what"
+                                  " the other buttons do at a wall is otherwise not seen)", high=1)
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
                                     " (departure: motion is local, so learning is faster)")
@@ -963,13 +956,6 @@ def code_use(indices, codes):
     return int((share > 0).sum()), float(entropy.exp())
 
 
-def clock(seconds):
-    """Seconds as 1h02m, 3m05s or 12s."""
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-
 class Trainer:
     """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
@@ -1087,7 +1073,7 @@ class Trainer:
                             if name not in ("stage", "step", "lr", "grad_norm"))
         print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
               f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
-              f"  ETA {clock(seconds_per_step * (self.total - self.step))}", flush=True)
+              f"  ETA {seconds_per_step * (self.total - self.step) / 60:.1f} min", flush=True)
         lines = [",".join(self.COLUMNS)] + [
             ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
         with data_prep.written_whole(self.out / "metrics.csv") as file:
@@ -1306,18 +1292,16 @@ def draw_buttons(genie, frame, path):
 
 def draw_curves(rows, path):
     """Loss curves of both stages from the logged rows."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure                                # slow to import: only here
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    panels = [("tokenizer", "pixel_loss"), ("world", "pixel_loss"), ("world", "dynamics_loss"),
-              ("world", "perplexity")]
-    titles = ["tokenizer: pixel loss", "LAM: pixel loss", "dynamics: loss", "actions: perplexity"]
-    for axes, (stage, name), title in zip(figure.subplots(1, 4), panels, titles):
+    panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
+              "LAM: pixel loss": ("world", "pixel_loss", "log"),
+              "dynamics: loss": ("world", "dynamics_loss", "log"),
+              "actions: perplexity": ("world", "perplexity", "linear")}
+    for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
         points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-        axes.set(title=title, xlabel="step")
-        if points:
-            axes.plot(*zip(*points))
-        if name != "perplexity" and points:
-            axes.set_yscale("log")
+        axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
+        axes.plot([step for step, _ in points], [value for _, value in points])
     with data_prep.written_whole(path) as file:
         figure.savefig(file, dpi=100, format="png")
 
@@ -1449,14 +1433,16 @@ def bench_play(config, device):
             "max_abs_diff": (cached - uncached()).abs().max().item()}
 
 
-def peak_memory():
-    """Peak memory of this process in GiB; None where the system does not tell (Windows)."""
-    if torch.cuda.is_available():
+def peak_memory(device):
+    """Peak memory so far in GiB, the GPU's or the process's; None where the system does not say."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    with contextlib.suppress(ImportError):
+    try:
         import resource                                                 # not on Windows
-        unit = 1 if sys.platform == "darwin" else 1024                  # bytes there, KiB elsewhere
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    except ImportError:
+        return None
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20             # it counts bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def bench(args):
@@ -1466,7 +1452,7 @@ def bench(args):
     config = make_config(args)
     device = pick_device(config.device)
     result = {"train": bench_training(config, device), "play": bench_play(config, device),
-              "memory": {"peak_gib": peak_memory()},
+              "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),
                           "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
                           "python": platform.python_version(), "system": platform.system(),
