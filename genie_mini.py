@@ -1350,7 +1350,10 @@ def play(args):
     made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
     speed = plan.numel() / (time.monotonic() - began)
     panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
-    data_prep.save_gif(panels[0] if len(plan) == 1 else data_prep.beside(panels), out)
+    if len(plan) == 1:
+        data_prep.save_gif(panels[0], out)
+    else:
+        data_prep.save_gif(data_prep.beside(panels), out, scale=2)      # action 0 leftmost
     print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
 
 

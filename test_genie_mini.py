@@ -2276,13 +2276,13 @@ def test_eval_command(workspace, tmp_path, capsys):
     assert first == trained, "training ends with the evaluation of the test split"
 
 
-def gif_frames(path):
-    """The frames of a GIF of play: (n, 64, 64) of 0 and 1."""
+def gif_frames(path, scale=4):
+    """The frames of a GIF of play, enlarged `scale` times: (n, 64, 64) of 0 and 1."""
     with Image.open(path) as image:
         frames = []
         for i in range(image.n_frames):
             image.seek(i)
-            frames.append(np.array(image.convert("L"))[::4, ::4] // 255)
+            frames.append(np.array(image.convert("L"))[::scale, ::scale] // 255)
     return np.stack(frames)
 
 
@@ -2328,7 +2328,7 @@ def test_play_without_actions_shows_every_button(workspace, tmp_path):
     """Failing means that bare play does not show what each of the eight buttons does."""
     out = play_command(workspace, tmp_path / "a.gif")
     assert duration(out) == 1600
-    panels = np.split(gif_frames(out)[0], 8, axis=1)                    # 64 pixels and a gap each
+    panels = np.split(gif_frames(out, 2)[0], 8, axis=1)                 # 64 pixels and a gap each
     first = dp.unpack(dp.load_split(workspace / "walk.npz", "test")["bits"])[0, 0]
     assert all((panel[:, :64] == first).all() for panel in panels)
 
@@ -2406,6 +2406,7 @@ def test_bench_command(tmp_path):
     ("train --data D --preset smoke --dyn_frames 1", "--dyn_frames"),
     ("train --data D --preset smoke --lam_patch 7", "must divide 64"),
     ("train --data D --preset smoke --dyn_fold 3", "must divide 16"),
+    ("train --data D --preset smoke --lam_window 1", "needs --lam_input diff"),
     ("train --data D --preset smoke --micro_batch 3", "multiple of --micro_batch"),
     ("train --data none.npz --preset smoke", "none.npz"),
     ("train --data text.npz --preset smoke", "text.npz"),
