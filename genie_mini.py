@@ -1055,6 +1055,8 @@ class Trainer:
         if self.models[0].quantizer.started:
             for trouble in troubles(result, self.stage):
                 print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
+        else:                                                           # no codes yet to count
+            del result["perplexity"]
         result = {"val_" + name: value for name, value in result.items()}
         return {name: result[name] for name in self.COLUMNS if name in result}
 
