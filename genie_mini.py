@@ -1035,10 +1035,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         quantizer = self.models[0].quantizer             # the tokenizer's, or the LAM's
-        quantizer.update(generator)
         if quantizer.started:
             used = code_use(torch.cat(codes), len(quantizer.codebook))
             numbers["codes_used"], numbers["perplexity"] = used
+        quantizer.update(generator)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
     @torch.no_grad()
