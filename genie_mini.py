@@ -1254,7 +1254,8 @@ def print_table(result):
     """The evaluation for a person to read; README, "The numbers", says what each one must beat."""
     for part, numbers in result.items():
         for name, value in numbers.items():
-            print(f"  {part:10} {name:22}", f"{value:9.3f}" if isinstance(value, float) else value)
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            print(f"  {part:10} {name:22} {text:>8}")
 
 
 def three_clips(genie, data, indices):

@@ -2366,6 +2366,25 @@ def test_training_gives_ctrl_c_back(workspace, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_readme_shows_the_recorded_numbers(capsys):
+    """Failing means that README's evaluation table is not that of assets/demo.json."""
+    here = Path(genie_mini.__file__).parent
+    genie_mini.print_table(json.loads((here / "assets" / "demo.json").read_text("utf-8")))
+    table, readme = capsys.readouterr().out, (here / "README.md").read_text("utf-8")
+    assert table.count("\n") == 20 and "@@" not in readme
+    assert all(line in readme for line in table.splitlines())
+
+
+def test_shipped_checkpoint_knows_its_buttons(demo_file):
+    """Failing means that the pretrained checkpoint in assets/ does not load, or that its actions
+    no longer say what the hero does: chance is below 0.6 here, and it was shipped with 0.97."""
+    genie = genie_mini.Genie.load(genie_mini.DEMO_CHECKPOINT)
+    data = genie_mini.Sequences(demo_file, "train")
+    result = genie_mini.evaluate_lam(genie, data, genie_mini.spread(data, 12))
+    assert result["accuracy_chance"] < 0.6 and result["accuracy"] > 0.9
+    assert result["wrong_pixels"] < 0.2 * result["copy_wrong_pixels"]
+
+
 def test_bench_command(tmp_path):
     """Failing means that bench is broken, or that the cache it times is not exact."""
     out = tmp_path / "bench.json"
