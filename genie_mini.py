@@ -1107,7 +1107,7 @@ def troubles(result, stage):
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
                " steps get one code. Early on this is normal; if it lasts, try"
-               " --lam_input diff --lam_unquantized 300")
+               " --lam_input diff --lam_pool changed --lam_unquantized 1200")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
