@@ -880,6 +880,22 @@ def save_sheet(rows, labels, path, scale=2):
         image.save(file, "PNG")
 
 
+def draw_curves(rows, path):
+    """Draw the curves of a training run (PNG) from its logged rows, the dicts of metrics.csv."""
+    from matplotlib.figure import Figure                                # slow to import: only here
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
+              "LAM: pixel loss": ("world", "pixel_loss", "log"),
+              "dynamics: loss": ("world", "dynamics_loss", "log"),
+              "actions: perplexity": ("world", "perplexity", "linear")}
+    for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
+        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
+        axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
+        axes.plot([step for step, _ in points], [value for _, value in points])
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
 def write_preview(data, out, split="train", count=8, force=False):
     """Draw sequences spread evenly over a split: the `preview` command. .png or .gif."""
     out = check_output(out, (".png", ".gif"), force)

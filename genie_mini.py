@@ -1080,7 +1080,7 @@ class Trainer:
             ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
         with data_prep.written_whole(self.out / "metrics.csv") as file:
             file.write("\n".join(lines + [""]).encode())
-        draw_curves(self.rows, self.out / "losses.png")
+        data_prep.draw_curves(self.rows, self.out / "losses.png")
 
     def save(self):
         """Write checkpoint.pt: all that a resumed run or play needs."""
@@ -1291,22 +1291,6 @@ def draw_buttons(genie, frame, path):
     first = torch.as_tensor(frame, device=genie.device).expand(len(actions), SIZE, SIZE)
     rows = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1)
     data_prep.save_sheet(rows.cpu(), [f"action {a}" for a in range(len(rows))], path, scale=1)
-
-
-def draw_curves(rows, path):
-    """Loss curves of both stages from the logged rows."""
-    from matplotlib.figure import Figure                                # slow to import: only here
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
-              "LAM: pixel loss": ("world", "pixel_loss", "log"),
-              "dynamics: loss": ("world", "dynamics_loss", "log"),
-              "actions: perplexity": ("world", "perplexity", "linear")}
-    for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
-        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-        axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
-        axes.plot([step for step, _ in points], [value for _, value in points])
-    with data_prep.written_whole(path) as file:
-        figure.savefig(file, dpi=100, format="png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1556,7 +1540,8 @@ def train(args):
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
     draw_buttons(genie, test.frames([0])[0, 0], out / "buttons.png")
-    print(f"\non {c.val_sequences} sequences of the test split (also in {out / 'eval.json'}):")
+    count = min(c.val_sequences, len(test))
+    print(f"\non {count} sequences of the test split (also in {out / 'eval.json'}):")
     print_table(result)
     return 0
 

@@ -1624,7 +1624,7 @@ def test_resume_is_exact(demo_file, tmp_path, whole_run, monkeypatch, stage, ste
     Ctrl-C finishes the step and saves; a crash goes back to the last checkpoint. Both must end with
     the same weights and the same log, to the last bit.
     """
-    monkeypatch.setattr(gm, "draw_curves", lambda *_: None)             # slow, and not compared
+    monkeypatch.setattr(dp, "draw_curves", lambda *_: None)             # slow, and not compared
     again, other_log = run_of(gm, demo_file, tmp_path, (stage, step), how)
     whole, log = whole_run
     assert whole["stage"] == again["stage"] == 2
