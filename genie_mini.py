@@ -28,7 +28,7 @@ Contents
      6  Latent action model          12  Bench      13  Command line
 
 Where this departs from the paper, a named switch in Config says so and why; the `full` preset
-turns every such switch off. README's "How this differs from Genie" lists them with their effect.
+turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ import data_prep
 from data_prep import UserError
 
 VERSION = 1                     # of the checkpoint format
-SIZE = 64                       # frames are SIZE x SIZE pixels
-CLIP = 16                       # frames in a stored sequence
+SIZE = data_prep.SIZE           # frames are 64 x 64 pixels
+CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
 
 # --------------------------------------------------------------------------------------------------
 # 1  Config and presets
@@ -997,7 +997,7 @@ class Trainer:
         """The loop of one stage: step, log, now and then validate and save."""
         began, first = time.monotonic(), self.step
         while self.step < self.total and not self.stop:
-            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.one_step()}
+            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
             self.step += 1
             last = self.step == self.total
             validating = self.step % self.c.val_every == 0 or last
@@ -1008,7 +1008,7 @@ class Trainer:
             if validating or self.stop:
                 self.save()
 
-    def one_step(self):
+    def optimizer_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
         c = self.c
         for model in self.models:
@@ -1056,7 +1056,7 @@ class Trainer:
             for trouble in troubles(result, self.stage):
                 print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
         else:                                                           # no codes yet to count
-            del result["perplexity"]
+            result = {k: v for k, v in result.items() if k not in ("codes_used", "perplexity")}
         result = {"val_" + name: value for name, value in result.items()}
         return {name: result[name] for name in self.COLUMNS if name in result}
 

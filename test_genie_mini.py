@@ -808,7 +808,7 @@ def overfit(trainer, frames, steps):
     """Train on one batch. Returns the numbers of the last step."""
     trainer.train_set = OneBatch(frames)
     for trainer.step in range(steps):
-        numbers = trainer.one_step()
+        numbers = trainer.optimizer_step()
     trainer.genie.eval()
     return numbers
 
@@ -1389,7 +1389,7 @@ def weights_after_training(gm, data, out, stage, micro_batch):
     trainer = tiny_trainer(gm, data, out, stage, micro_batch=micro_batch, lr=1e-4, min_lr=1e-4,
                            lam_roll=True, action_noise=0.3, clean_frames=0.3, dyn_layers=1)
     for trainer.step in range(4):
-        numbers = trainer.one_step()
+        numbers = trainer.optimizer_step()
     return weights_of(trainer.genie), numbers
 
 
@@ -1430,7 +1430,7 @@ def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
     """Failing means that a setting of the optimizer is read and then forgotten."""
     trainer = tiny_trainer(gm, demo_file, tmp_path, beta1=0.8, beta2=0.7, weight_decay=0.3, lr=2e-3)
     trainer.step = 4
-    row = trainer.one_step()
+    row = trainer.optimizer_step()
     group, = trainer.optimizer.param_groups
     assert group["betas"] == (0.8, 0.7) and group["weight_decay"] == 0.3
     rate = gm.learning_rate(4, trainer.c.tok_steps, trainer.c)
@@ -1443,7 +1443,7 @@ def test_gradients_are_clipped(demo_file, tmp_path, gm=genie_mini):
     trainer, norms = tiny_trainer(gm, demo_file, tmp_path, grad_clip=0.01), []
     trainer.optimizer.step = lambda: norms.append(torch.stack(
         [p.grad.norm() for p in trainer.genie.tokenizer.parameters()]).norm().item())
-    row = trainer.one_step()
+    row = trainer.optimizer_step()
     assert norms == [pytest.approx(0.01, rel=1e-3)] and row["grad_norm"] > 0.01
 
 
@@ -1548,12 +1548,12 @@ def test_stage_2_leaves_the_tokenizer_alone(demo_file, tmp_path, gm=genie_mini):
     """Failing means that the tokens change their meaning while the dynamics model learns them."""
     trainer = tiny_trainer(gm, demo_file, tmp_path)
     for trainer.step in range(4):
-        trainer.one_step()
+        trainer.optimizer_step()
     before = weights_of(trainer.genie)
     assert before["tokenizer.quantizer.started"]
     trainer.enter_stage(1)
     for trainer.step in range(3):
-        trainer.one_step()
+        trainer.optimizer_step()
     after = weights_of(trainer.genie)
     moved = {name.split(".")[0] for name in after if (after[name] != before[name]).any()}
     assert moved == {"lam", "dynamics"}
@@ -1586,7 +1586,7 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
     changes = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1,
                    maskgit_steps=2, lam_roll=True, min_lr=1e-4)
     trainer = tiny_trainer(gm, data, out, **changes)
-    one_step = trainer.one_step
+    one_step = trainer.optimizer_step
 
     def interrupted_step():
         if (trainer.stage, trainer.step + 1) == interrupt:
@@ -1595,7 +1595,7 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
                 raise Killed
         return one_step()
 
-    trainer.one_step = interrupted_step
+    trainer.optimizer_step = interrupted_step
     try:
         finished = trainer.run()
     except Killed:
@@ -1651,7 +1651,7 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     with torch.no_grad():
         trainer.genie.tokenizer.embed.weight.fill_(math.nan)
     with pytest.raises(gm.UserError, match="no longer finite at step 1 of stage tokenizer"):
-        trainer.one_step()
+        trainer.optimizer_step()
 
 
 # --- presets --------------------------------------------------------------------------------
