@@ -443,6 +443,25 @@ class DemoWorld:
         return picture
 
 
+def count_heroes(frames, tolerance=4):
+    """In how many places of each frame the hero stands: frames (..., 64, 64) of 0/1 -> (...) int.
+
+    A place counts if at most `tolerance` of its 8x8 pixels differ from the hero's picture.
+    """
+    boxes = np.lib.stride_tricks.sliding_window_view(frames, HERO.shape, axis=(-2, -1))
+    return ((boxes != HERO).sum((-2, -1)) <= tolerance).sum((-2, -1))
+
+
+def demo_walls(frames):
+    """Real frames of the demo world (..., 64, 64) with hero and fish blanked: the walls alone."""
+    walls = frames.copy()
+    for drawing in (HERO, FISH_LEFT, FISH_RIGHT):
+        boxes = np.lib.stride_tricks.sliding_window_view(walls, HERO.shape, (-2, -1),
+                                                         writeable=True)
+        boxes[(boxes == drawing).all((-2, -1))] = 0                     # no body overlaps a wall
+    return walls
+
+
 def true_actions(effects):
     """Name the action of each 10 FPS transition in a window. (48,) effects -> (3, 15) uint8.
 
@@ -866,6 +885,16 @@ def beside(pictures, gap=2):
     """Join grey pictures (..., H, W) side by side, with thin grey gaps."""
     border = [(0, 0)] * (pictures[0].ndim - 1) + [(0, gap)]
     return np.concatenate([np.pad(p, border, constant_values=128) for p in pictures], axis=-1)
+
+
+def arrow(dy, dx, scale=8):
+    """A picture (64, 64) of 0/1: an arrow from the middle, `scale` times as long as (dy, dx)."""
+    image = Image.new("L", (SIZE, SIZE))
+    tip = (SIZE / 2 + scale * dx, SIZE / 2 + scale * dy)
+    draw = ImageDraw.Draw(image)
+    draw.line([(SIZE / 2, SIZE / 2), tip], fill=1)
+    draw.ellipse([tip[0] - 3, tip[1] - 3, tip[0] + 3, tip[1] + 3], fill=1)       # its head
+    return np.array(image)
 
 
 def save_sheet(rows, labels, path, scale=2):

@@ -83,16 +83,17 @@ class Config:
     tok_dim: int = setting(256, "model width", low=1)
     tok_heads: int = setting(4, "attention heads", low=1)
     tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
-    tok_window: int = setting(16, "frames in reach of time attention; 1 = each frame alone"
-                              " (departure: a token means the same whatever came before)", low=1)
-    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2)
+    tok_time: bool = setting(True, "time attention; without it each frame is tokenized alone"
+                             " (departure: a token means the same whatever came before)")
+    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2,
+                             high=256)
     # Latent action model (stage 2)
     lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail", low=1)
     lam_dim: int = setting(256, "model width", low=1)
     lam_heads: int = setting(4, "attention heads", low=1)
     lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
-    lam_window: int = setting(16, "frames in reach of time attention; 1 = the encoder sees one"
-                              " step, the decoder one frame (departure: less to confuse)", low=1)
+    lam_time: bool = setting(True, "time attention; without it the encoder sees one step, the"
+                             " decoder one frame (departure: less to confuse)")
     lam_input: str = setting("frames", "what the encoder sees; diff = the change between frames"
                              " (departure: all motion, no place)", options=("frames", "diff"))
     lam_roll: bool = setting(False, "train the encoder on a randomly rolled copy (departure: a"
@@ -104,16 +105,14 @@ class Config:
     dyn_dim: int = setting(256, "model width", low=1)
     dyn_heads: int = setting(4, "attention heads", low=1)
     dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
-    dyn_window: int = setting(16, "frames in reach of time attention; fewer = faster, for a world"
-                              " with a short memory (departure)", low=2)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
     clean_frames: float = setting(0.0, "share of training frames left unmasked (departure: at play"
                                   " the past is clean, in the paper's training never)", high=0.99)
-    action_noise: float = setting(0.0, "share of actions swapped for random codes when the dynamics"
-                                  " trains (departure: the LAM calls a blocked step a stay, so what"
-                                  " the other buttons do at a wall is otherwise not seen)", high=1)
+    action_noise: float = setting(0.0, "share of quiet steps whose action is swapped for a random"
+                                  " code when the dynamics trains (departure: a press that a wall"
+                                  " blocks looks like none, so nothing else shows it)", high=1)
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
                                     " (departure: motion is local, so learning is faster)")
@@ -130,7 +129,9 @@ class Config:
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
     micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same", low=1)
     tok_frames: int = setting(16, "frames of each sequence that stage 1 sees", low=1, high=CLIP)
-    dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees", low=2, high=CLIP)
+    dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees, so the memory of play"
+                              " plus one (departure: given much past, it guesses the action from"
+                              " the motion so far and obeys the button less)", low=2, high=CLIP)
     lr: float = setting(3e-4, "peak learning rate")
     min_lr: float = setting(3e-4, "learning rate at the cosine's end; the card keeps it flat")
     warmup: int = setting(2000, "steps of linear warm-up")
@@ -152,16 +153,15 @@ PRESETS = {
     "full": {},
     # A 2-core laptop, about half an hour: narrow, shallow, with every departure that helps.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_window=1, tok_frames=2, tok_steps=800,
-        lam_dim=128, lam_layers=2, lam_window=1, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=1200, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_window=4, dyn_frames=4, dyn_steps=4500, clean_frames=0.5, action_noise=0.03,
-        neighbour_start=True, batch=16, micro_batch=16, lr=2e-3, min_lr=1e-4, warmup=100,
-        beta2=0.99, val_every=250),
+        tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
+        lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
+        lam_pool="changed", lam_unquantized=1500, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=6000, action_noise=0.3, temperature=0.5, neighbour_start=True,
+        batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
-        tok_dim=32, tok_heads=2, tok_layers=1, tok_window=2, tok_frames=4, tok_steps=60,
-        tok_unquantized=20, lam_dim=32, lam_heads=2, lam_layers=1, lam_window=2, dyn_dim=32,
+        tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
+        tok_unquantized=20, lam_dim=32, lam_heads=2, lam_layers=1, dyn_dim=32,
         dyn_heads=2, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60, batch=8, micro_batch=4,
         lr=2e-3, min_lr=1e-3, warmup=10, log_every=20, val_every=30, val_sequences=8,
         maskgit_steps=4),
@@ -187,9 +187,9 @@ def check_config(c):
     for name, whole in (("tok_patch", SIZE), ("lam_patch", SIZE), ("dyn_fold", row)):
         if whole % getattr(c, name):
             raise UserError(f"--{name} is {getattr(c, name)}: it must divide {whole}")
-    if c.lam_window == 1 and c.lam_input == "frames":
-        raise UserError("--lam_window 1 needs --lam_input diff: an encoder that sees one frame at a"
-                        " time cannot tell what changed")
+    if not c.lam_time and c.lam_input == "frames":
+        raise UserError("--lam_time false needs --lam_input diff: an encoder that sees one frame at"
+                        " a time cannot tell what changed")
     if c.batch % min(c.batch, c.micro_batch):
         raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
 
@@ -228,10 +228,11 @@ class Sequences:
         packed = self.bits[np.asarray(indices), first:first + length]
         return torch.from_numpy(np.unpackbits(packed, axis=-1))
 
-    def batch(self, seed, stage, step, size, length):
-        """The batch of one training step, (size, length, 64, 64), drawn from (seed, stage, step).
+    def draw(self, seed, stage, step, size, length):
+        """What a training step sees: `size` indices, and the first frame of `length` in each.
 
-        Each epoch visits every sequence once in a fresh order; shorter clips start anywhere.
+        Drawn from (seed, stage, step). Each epoch visits every sequence once in a fresh order;
+        shorter clips start anywhere.
         """
         picks, at = [], step * size
         while len(picks) < size:                          # a batch may straddle two epochs
@@ -239,8 +240,7 @@ class Sequences:
             order = torch.randperm(len(self), generator=seeded(seed, stage, epoch))
             picks += order[offset:offset + size - len(picks)].tolist()
         late = CLIP - length
-        first = int(torch.randint(late + 1, (1,), generator=seeded(seed, stage, step, 1)))
-        return self.frames(picks, first, length)
+        return picks, int(torch.randint(late + 1, (1,), generator=seeded(seed, stage, step, 1)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,57 +318,56 @@ class SpatialAttention(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Every patch attends to its own past: the last `window` frames, itself included.
+    """Every patch attends to its own past, itself included. (B, T, N, D) -> the same.
 
-    (B, T, N, D) -> the same. Given the keys and values of `past` frames it takes x as the frames
-    that follow them, and so computes just what it would have computed for the whole clip.
+    Given the keys and values of `past` frames it takes x as the frames that follow them, and so
+    computes just what it would have computed for the whole clip.
     """
 
-    def __init__(self, dim, heads, window):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, past, now):
-        """past: None or (k, v), each (B, N, h, T_past, e); now: the time of x's first frame.
+    def forward(self, x, past):
+        """past: None or (k, v), each (B, N, h, T_past, e).
 
         Returns y (B, T, N, D) and the (k, v) of past and present together, for a cache to keep.
         """
         B, T, N, D = x.shape
         e = D // self.heads
         q, k, v = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
+        now = 0 if past is None else past[0].shape[3]                   # time of x's first frame
         times = torch.arange(now, now + T, device=x.device)
         angles = rotary_angles(times, e // 2)                           # (T, e/2)
         q, k = rotate(q, angles), rotate(k, angles)                     # (B, N, h, T, e)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
-        # Frame t may see frame s when s is not later, and not out of the window.
-        key_times = torch.arange(now + T - k.shape[3], now + T, device=x.device)
-        age = times[:, None] - key_times[None, :]                       # (T, T_past + T)
-        allowed = (age >= 0) & (age < self.window)
+        # Frame t may see frame s when s is not later.
+        age = times[:, None] - torch.arange(now + T, device=x.device)   # (T, T_past + T)
         # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
         scores = q @ k.transpose(-1, -2) / math.sqrt(e)                 # (B, N, h, T, T_past + T)
-        y = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+        y = scores.masked_fill(age < 0, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
         return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
 
 
 class STBlock(nn.Module):
     """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm)."""
 
-    def __init__(self, dim, heads, side, window, neighbour_start):
+    def __init__(self, dim, heads, side, time, neighbour_start):
         super().__init__()
         self.norm_space, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.space = SpatialAttention(dim, heads, side, neighbour_start)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.time = TemporalAttention(dim, heads, window) if window > 1 else None
-        self.norm_time = nn.LayerNorm(dim) if window > 1 else None
+        self.time = TemporalAttention(dim, heads) if time else None
+        self.norm_time = nn.LayerNorm(dim) if time else None
 
-    def forward(self, x, past, now):
+    def forward(self, x, past):
         x = x + self.space(self.norm_space(x))
         kv = None
-        if self.time is not None:                      # with a window of 1 there is no past to see
-            y, kv = self.time(self.norm_time(x), past, now)
+        if self.time is not None:
+            y, kv = self.time(self.norm_time(x), past)
             x = x + y
         return x + self.ffn(self.norm_ffn(x)), kv
 
@@ -377,41 +376,29 @@ class Cache:
     """What a transformer remembers of past frames: keys and values of each layer's time attention.
 
     It is exact, not an approximation: time attention is causal, so nothing about a past frame
-    depends on the frame being made. The oldest frame leaves when the window is full; positions are
-    rotary, hence relative, so the clock may run on for ever.
+    depends on the frame being made.
     """
 
     def __init__(self, layers):
         self.past = [None] * layers                    # each (k, v), (B, N, h, T_past, e)
-        self.now = 0                                   # time of the next frame
-
-    def copy(self):
-        """A cache that grows on its own; the tensors, which are never changed, are shared."""
-        twin = Cache(0)
-        twin.past, twin.now = list(self.past), self.now
-        return twin
 
 
 class STTransformer(nn.Module):
     """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D)."""
 
-    def __init__(self, dim, heads, layers, side, window, neighbour_start):
+    def __init__(self, dim, heads, layers, side, time, neighbour_start):
         super().__init__()
-        self.window = window
         self.blocks = nn.ModuleList(
-            STBlock(dim, heads, side, window, neighbour_start) for _ in range(layers))
+            STBlock(dim, heads, side, time, neighbour_start) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, cache=None, commit=True):
         """With a cache, x are the frames that follow it; `commit` adds them to it."""
         cache = cache or Cache(len(self.blocks))
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, cache.past[i], cache.now)
-            if commit and kv is not None:
-                keep = min(self.window - 1, kv[0].shape[3])             # room for one new frame
-                cache.past[i] = tuple(t[:, :, :, t.shape[3] - keep:] for t in kv)
-        if commit:
-            cache.now += x.shape[1]
+            x, kv = block(x, cache.past[i])
+            if commit:
+                cache.past[i] = kv
         return self.norm(x)
 
 
@@ -555,7 +542,7 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         self.patch = c.tok_patch
         side = SIZE // c.tok_patch
-        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_window, c.neighbour_start)
+        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_time, c.neighbour_start)
         self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
@@ -591,7 +578,7 @@ class VideoTokenizer(nn.Module):
 # picks the code.
 #
 # But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up
-# in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_window and
+# in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_time and
 # lam_pool hide from the encoder whatever is not motion, so that a consistent code is the cheapest.
 
 
@@ -602,7 +589,7 @@ class LatentActionModel(nn.Module):
         super().__init__()
         self.patch, self.input, self.pool = c.lam_patch, c.lam_input, c.lam_pool
         side = SIZE // c.lam_patch
-        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_window, c.neighbour_start)
+        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_time, c.neighbour_start)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
@@ -682,7 +669,7 @@ class DynamicsModel(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.action = nn.Linear(c.latent_dim, c.dyn_dim, bias=False)    # no action (zeros) adds 0
         self.transformer = STTransformer(c.dyn_dim, c.dyn_heads, c.dyn_layers, side // c.dyn_fold,
-                                         c.dyn_window, c.neighbour_start)
+                                         True, c.neighbour_start)
         self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
 
     def forward(self, tokens, masked, actions, cache=None, commit=True):
@@ -758,9 +745,11 @@ class DynamicsModel(nn.Module):
 
 @dataclass
 class PlayState:
-    """What play remembers: the caches of the dynamics model and of the tokenizer's decoder."""
-    dynamics: Cache
-    decoder: Cache
+    """What play remembers of the last frames: tokens, actions, and what was computed from them."""
+    tokens: torch.Tensor        # (B, T, N)
+    actions: torch.Tensor       # (B, T, L); the first is 0: what led there is forgotten
+    dynamics: Cache             # of the dynamics model
+    decoder: Cache              # of the tokenizer's decoder
 
 
 class Genie(nn.Module):
@@ -782,33 +771,52 @@ class Genie(nn.Module):
     def start(self, frames):
         """Begin at real frames (B, 64, 64) of 0/1, or at one (64, 64). Returns a PlayState."""
         frames = torch.as_tensor(frames, device=self.device).view(-1, 1, SIZE, SIZE)
-        tokens = self.tokenizer.encode(frames)[1][:, 0]                 # (B, N)
-        state = PlayState(Cache(self.config.dyn_layers), Cache(self.config.tok_layers))
-        self.observe(state, tokens, torch.zeros(len(frames), self.config.latent_dim,
-                                                device=self.device))    # nothing led to frame 1
-        return state
+        tokens = self.tokenizer.encode(frames)[1]                       # (B, 1, N)
+        nothing = torch.zeros(len(frames), 1, self.config.latent_dim, device=self.device)
+        return self.remember(tokens, nothing)[1]                        # no action led to frame 1
 
     @torch.no_grad()
+    def remember(self, tokens, actions, dynamics=None, decoder=None):
+        """Run finished frames through both caches. tokens (B, T, N), actions (B, T, L).
+
+        Returns the last one's pixels (B, H, W), and the state to go on from.
+        """
+        state = PlayState(tokens, actions, Cache(self.config.dyn_layers),
+                          Cache(self.config.tok_layers))
+        if dynamics is not None:                        # all but the last frame is known to them
+            state.dynamics.past, state.decoder.past = list(dynamics.past), list(decoder.past)
+            tokens, actions = tokens[:, -1:], actions[:, -1:]
+        visible = torch.zeros_like(tokens, dtype=torch.bool)
+        self.dynamics(tokens, visible, actions, state.dynamics)
+        logits = self.tokenizer.decode(self.tokenizer.quantizer.codebook[tokens], state.decoder)
+        return (logits[:, -1] > 0).byte(), state
+
     def observe(self, state, tokens, action):
-        """Add one finished frame to the state. tokens (B, N), action (B, L) -> pixels (B, H, W)."""
-        tokens, action = tokens[:, None], action[:, None]
-        self.dynamics(tokens, torch.zeros_like(tokens, dtype=torch.bool), action, state.dynamics)
-        quantized = self.tokenizer.quantizer.codebook[tokens]           # (B, 1, N, L)
-        return (self.tokenizer.decode(quantized, state.decoder)[:, 0] > 0).byte()
+        """The state after one more finished frame. tokens (B, N), action (B, L) that led to it.
+
+        Returns pixels (B, H, W) and the new state; the old one stays as it was, so the same moment
+        can be played again with another action. The models were trained on clips of dyn_frames, so
+        when that many are remembered the state begins anew from the newer half, the first of
+        which, as in training, no action led to.
+        """
+        tokens = torch.cat([state.tokens, tokens[:, None]], dim=1)      # (B, T, N)
+        actions = torch.cat([state.actions, action[:, None]], dim=1)    # (B, T, L)
+        if tokens.shape[1] < self.config.dyn_frames:
+            return self.remember(tokens, actions, state.dynamics, state.decoder)
+        keep = self.config.dyn_frames // 2
+        actions = F.pad(actions[:, -keep:][:, 1:], (0, 0, 1, 0))        # zeros for the first
+        return self.remember(tokens[:, -keep:], actions)
 
     @torch.no_grad()
     def step(self, state, action, generator):
         """Press a button: action, one whole number below num_actions, or (B,) of them.
 
-        Returns frames (B, 64, 64) uint8 of 0/1 and the next state. The old state stays as it was,
-        so the same moment can be played again with another action.
+        Returns frames (B, 64, 64) uint8 of 0/1 and the next state.
         """
-        batch = state.dynamics.past[0][0].shape[0]
-        action = torch.as_tensor(action, device=self.device).expand(batch)
+        action = torch.as_tensor(action, device=self.device).expand(len(state.tokens))
         latent = self.lam.quantizer.codebook[action]                    # (B, L)
         tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
-        state = PlayState(state.dynamics.copy(), state.decoder.copy())
-        return self.observe(state, tokens, latent), state
+        return self.observe(state, tokens, latent)
 
     def rollout(self, first, actions, generator):
         """Play actions (B, T) from frames (B, 64, 64): the T generated frames (B, T, 64, 64)."""
@@ -922,22 +930,26 @@ def tokenizer_losses(genie, frames):
     return pixel + commitment, {"pixel_loss": pixel, "commitment": commitment}, tokens
 
 
-def world_noise(genie, batch, generator):
-    """The random numbers of a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
+def world_noise(genie, frames, tokens, generator):
+    """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
+    A swap is a code to put in an action's place, or -1. Only quiet steps get one, those in which
+    fewer pixels change than in the median step: a press that is blocked is among them, so the model
+    learns that any button may do nothing at a wall. (Swapped anywhere, it would learn that any
+    button may do anything.)
     """
-    c, T = genie.config, genie.config.dyn_frames
-    shifts = torch.randint(SIZE, (batch, 2), generator=generator) * c.lam_roll
-    codes = torch.randint(c.num_actions, (batch, T - 1), generator=generator)
-    keep = torch.rand(batch, T - 1, generator=generator) >= c.action_noise
-    return shifts, codes.masked_fill(keep, -1), genie.dynamics.random_mask(batch, T, generator)
+    c, (B, T, N) = genie.config, tokens.shape
+    shifts = torch.randint(SIZE, (B, 2), generator=generator) * c.lam_roll
+    changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (B, T-1)
+    swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
+    codes = torch.randint(c.num_actions, (B, T - 1), generator=generator)
+    swaps = codes.masked_fill(~swap | (changed >= changed.median()), -1)
+    return shifts, swaps, genie.dynamics.random_mask(B, T, generator)
 
 
-def world_losses(genie, frames, shifts, swaps, masked):
+def world_losses(genie, frames, tokens, shifts, swaps, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
-    with torch.no_grad():
-        tokens = genie.tokenizer.encode(frames)[1]                      # frozen
     logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
     # Stop-gradient: the dynamics takes the actions as they are. A swap of -1 keeps the action.
@@ -981,7 +993,20 @@ class Trainer:
         self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
         parameters = [p for model in self.models for p in model.parameters()]
         self.optimizer = parameters and torch.optim.AdamW(
-            parameters, weight_decay=self.c.weight_decay, betas=(self.c.beta1, self.c.beta2))
+            parameters, weight_decay=self.c.weight_decay, betas=(self.c.beta1, self.c.beta2),
+            fused=True)                                  # one pass over the weights, not ten
+        if stage == 1:
+            self.tokens = self.tokenize()
+
+    @torch.no_grad()
+    def tokenize(self):
+        """The tokens of the training set, (S, 16, N) uint8: frozen, so computed only once.
+
+        Each frame's tokens have seen the frames before it in its sequence, as in evaluation.
+        """
+        print(f"encoding the {len(self.train_set):,} training sequences", flush=True)
+        return over_batches(self.genie, self.train_set, range(len(self.train_set)),
+                            lambda x, _: (self.genie.tokenizer.encode(x)[1].byte(),))[0]
 
     def run(self):
         """Train from wherever the run stands to its end. Returns False if asked to stop."""
@@ -1014,12 +1039,15 @@ class Trainer:
         for model in self.models:
             model.train()
         length = (c.tok_frames, c.dyn_frames)[self.stage]
-        frames = self.train_set.batch(c.seed, self.stage, self.step, c.batch, length)
+        picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
+        inputs = [self.train_set.frames(picks, first, length)]
         generator = seeded(c.seed, self.stage, self.step, 2)
-        noise = world_noise(self.genie, c.batch, generator) if self.stage else ()
+        if self.stage == 1:
+            tokens = self.tokens[picks, first:first + length].long()    # (B, T, N)
+            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
         losses = (tokenizer_losses, world_losses)[self.stage]
         numbers, codes, size = {}, [], min(c.micro_batch, c.batch)
-        parts = list(zip(*(whole.split(size) for whole in (frames, *noise))))
+        parts = list(zip(*(whole.split(size) for whole in inputs)))
         for part in parts:
             with autocast(c.precision, self.device):
                 loss, logged, chosen = losses(self.genie, *(t.to(self.device) for t in part))
@@ -1063,6 +1091,7 @@ class Trainer:
     def validation_loss(self, some):
         """The dynamics model's loss on the val split, with the same masks every time."""
         def work(x, i):
+            x = x[:, :self.c.dyn_frames]
             masked = self.genie.dynamics.random_mask(*x.shape[:2], seeded(i)).to(self.device)
             tokens, actions = self.genie.tokenizer.encode(x)[1], self.genie.lam.encode(x)[0]
             return (self.genie.dynamics.loss(tokens, actions, masked)[None],)
@@ -1205,8 +1234,52 @@ def one_step(genie, frames, actions, generator):
     state, made = genie.start(frames[:, 0]), []
     for t in range(actions.shape[1]):
         made.append(genie.step(state, actions[:, t], generator)[0])     # the new state is dropped:
-        genie.observe(state, tokens[:, t + 1], real[:, t])              # what really came goes in
+        _, state = genie.observe(state, tokens[:, t + 1], real[:, t])   # what really came goes in
     return torch.stack(made, dim=1)
+
+
+@torch.no_grad()
+def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
+    """Does the demo world hold together in a long dream of random buttons, each held for a while?
+
+    one_hero: share of frames with exactly one hero; walls_kept: of the first frame's wall pixels.
+    None for other videos, of which nobody knows what must be there.
+    """
+    if data.actions is None:
+        return {"one_hero": None, "walls_kept": None}
+
+    def work(x, i):
+        plan = torch.randint(genie.config.num_actions, (len(x), steps // hold),
+                             generator=seeded(seed, i)).repeat_interleave(hold, dim=1)
+        made = genie.rollout(x[:, 0], plan, seeded(seed, i, 1)).cpu()   # (B, steps, H, W)
+        heroes = torch.tensor([data_prep.count_heroes(clip).tolist() for clip in made.numpy()])
+        walls = torch.from_numpy(data_prep.demo_walls(x[:, :1].cpu().numpy()))
+        return (heroes == 1).float(), (made & walls).sum((-2, -1)) / walls.sum((-2, -1))
+
+    one, kept = over_batches(genie, data, indices, work)                # each (S, steps)
+    return {"one_hero": one.mean().item(), "walls_kept": kept.mean().item()}
+
+
+@torch.no_grad()
+def button_motion(genie, frames, seed=0):
+    """Which way each button moves things, on average over real frames (B, H, W): (num_actions, 2).
+
+    (dy, dx) leads from the centre of the pixels that went out to the centre of those that lit up.
+    So the direction counts, less the length: a thing that moves a little lights up its edge alone.
+    What moves by itself does so under every button, either way, and averages out.
+    """
+    grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"), -1)
+
+    def centre(pixels):
+        weight = pixels.float()[..., None]                              # (B, H, W, 1)
+        return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
+
+    state, frames, motions = genie.start(frames), torch.as_tensor(frames), []
+    for action in range(genie.config.num_actions):
+        made = genie.step(state, action, seeded(seed, action))[0].cpu()
+        (new, lit), (old, out) = centre(made > frames), centre(frames > made)
+        motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
+    return torch.stack(motions)
 
 
 @torch.no_grad()
@@ -1247,7 +1320,8 @@ def evaluate(genie, data, count):
     indices = spread(data, count)
     return {"tokenizer": evaluate_tokenizer(genie, data, indices),
             "lam": evaluate_lam(genie, data, indices),
-            "dynamics": evaluate_dynamics(genie, data, indices)}
+            "dynamics": evaluate_dynamics(genie, data, indices),
+            "world": evaluate_world(genie, data, indices)}
 
 
 def print_table(result):
@@ -1285,12 +1359,15 @@ def held_buttons(genie, steps=CLIP - 1):
     return torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
 
 
-def draw_buttons(genie, frame, path):
-    """What each button does: one start frame, each action held down; one action a row."""
-    actions = held_buttons(genie)
-    first = torch.as_tensor(frame, device=genie.device).expand(len(actions), SIZE, SIZE)
-    rows = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1)
-    data_prep.save_sheet(rows.cpu(), [f"action {a}" for a in range(len(rows))], path, scale=1)
+def draw_buttons(genie, frames, path):
+    """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
+    over all of frames (B, H, W)."""
+    motion, actions = button_motion(genie, frames).tolist(), held_buttons(genie)
+    first = frames[:1].to(genie.device).expand(len(actions), SIZE, SIZE)
+    made = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1).cpu()
+    rows = [[*clip.numpy(), data_prep.arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
+    labels = [f"{a}: {dy:+.1f} {dx:+.1f}" for a, (dy, dx) in enumerate(motion)]
+    data_prep.save_sheet(rows, labels, path, scale=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1327,7 +1404,7 @@ def first_frame(args, genie):
 def play(args):
     """`play`: a GIF of what the buttons in --actions do; without them, of each one held down."""
     out = data_prep.check_output(args.out, (".gif",), args.force)
-    genie = Genie.load(checkpoint_path(args.run))
+    genie = load_run(args)
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}: it cannot be negative")
     plan = held_buttons(genie)
@@ -1379,8 +1456,11 @@ def bench_training(config, device):
                                  ("world", world_losses, config.dyn_frames)):
         genie.train().tokenizer.train(name == "tokenizer")
         frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8)
-        noise = world_noise(genie, size, seeded(0)) if name == "world" else ()
-        inputs = [t.to(device) for t in (frames, *noise)]
+        inputs = [frames]
+        if name == "world":
+            tokens = genie.tokenizer.encode(frames.to(device))[1].cpu()
+            inputs += [tokens, *world_noise(genie, frames, tokens, seeded(0))]
+        inputs = [t.to(device) for t in inputs]
 
         def work():
             with autocast(config.precision, device):
@@ -1397,18 +1477,16 @@ def bench_training(config, device):
 
 @torch.no_grad()
 def bench_play(config, device):
-    """Frames a second with and without the cache, when the window of past frames is full.
+    """Frames a second with and without the cache, when as much is remembered as can be.
 
-    Without the cache each of the MaskGIT passes computes the whole window again.
+    Without the cache each of the MaskGIT passes computes the whole clip again.
     """
-    genie, T = Genie(config).to(device).eval(), config.dyn_window
+    genie, T = Genie(config).to(device).eval(), config.dyn_frames
     tokens = torch.randint(config.tok_codes, (1, T, genie.dynamics.tokens_per_frame), device=device)
     masked = torch.zeros_like(tokens, dtype=torch.bool)
     masked[:, -1] = True
     actions = torch.randn(1, T, config.latent_dim, device=device)
-    state = PlayState(Cache(config.dyn_layers), Cache(config.tok_layers))
-    for t in range(T - 1):
-        genie.observe(state, tokens[:, t], actions[:, t])
+    _, state = genie.remember(tokens[:, :-1], actions[:, :-1])
 
     def uncached():
         for _ in range(config.maskgit_steps):
@@ -1461,6 +1539,7 @@ def bench(args):
 
 DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
+SAMPLING = ("maskgit_steps", "temperature", "order_noise")    # a trained run may be sampled anew
 
 
 def checkpoint_path(run):
@@ -1468,6 +1547,16 @@ def checkpoint_path(run):
     if run is None:
         return DEMO_CHECKPOINT
     return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+
+
+def load_run(args):
+    """The Genie that eval or play works on, with the sampling settings given. Raises UserError."""
+    genie = Genie.load(checkpoint_path(args.run))
+    for name in SAMPLING:
+        if getattr(args, name) is not None:
+            setattr(genie.config, name, getattr(args, name))
+    check_config(genie.config)
+    return genie
 
 
 def find_data(data):
@@ -1539,7 +1628,7 @@ def train(args):
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
-    draw_buttons(genie, test.frames([0])[0, 0], out / "buttons.png")
+    draw_buttons(genie, test.frames(spread(test, c.val_sequences))[:, 0], out / "buttons.png")
     count = min(c.val_sequences, len(test))
     print(f"\non {count} sequences of the test split (also in {out / 'eval.json'}):")
     print_table(result)
@@ -1550,17 +1639,19 @@ def eval_command(args):
     """`eval`: measure a run on one split, as a table, JSON and pictures."""
     if args.count < 1:
         raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
-    for path, suffix in ((args.json, ".json"), (args.figure, ".png")):
+    for path, suffix in ((args.json, ".json"), (args.figure, ".png"), (args.clips, ".png")):
         if path is not None:
             data_prep.check_output(path, (suffix,), args.force)
-    genie = Genie.load(checkpoint_path(args.run))
+    genie = load_run(args)
     data = Sequences(find_data(args.data or genie.trained_on), args.split)
     result = evaluate(genie, data, args.count)
     print_table(result)
     if args.json is not None:
         write_json(result, args.json)
     if args.figure is not None:
-        draw_rollout(genie, data, spread(data, args.count), args.figure)
+        draw_buttons(genie, data.frames(spread(data, args.count))[:, 0], args.figure)
+    if args.clips is not None:
+        draw_rollout(genie, data, spread(data, args.count), args.clips)
 
 
 def true_or_false(text):
@@ -1569,7 +1660,7 @@ def true_or_false(text):
 
 
 def build_parser():
-    """The commands and their flags; train and bench take every Config field as a flag."""
+    """The commands and their flags: every Config field, for eval and play the sampling ones."""
     parser = data_prep.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(dest="command", required=True)
     commands = {
@@ -1581,8 +1672,10 @@ def build_parser():
         command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
     add = {name: subcommands.choices[name].add_argument for name in commands}
-    for name in ("train", "bench"):
+    for name in commands:
         for f in dataclasses.fields(Config):
+            if name in ("eval", "play") and f.name not in SAMPLING:
+                continue
             add[name]("--" + f.name, type=true_or_false if f.type is bool else f.type,
                       metavar="true|false" if f.type is bool else f.type.__name__,
                       help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
@@ -1596,7 +1689,8 @@ def build_parser():
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
     add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
-    add["eval"]("--figure", help="also draw real and generated clips to this PNG")
+    add["eval"]("--figure", help="also draw what each button does to this PNG")
+    add["eval"]("--clips", help="also draw real and generated clips to this PNG")
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
     add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [hold each one]")
