@@ -151,7 +151,7 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # A 2-core laptop, about half an hour: narrow, shallow, with every departure that helps.
+    # A 2-core laptop, some 45 minutes: narrow, shallow, with every departure that helps.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
@@ -1136,7 +1136,7 @@ def troubles(result, stage):
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
                " steps get one code. Early on this is normal; if it lasts, try"
-               " --lam_input diff --lam_pool changed --lam_unquantized 1200")
+               " --lam_input diff --lam_pool changed --lam_unquantized 1500")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
@@ -1274,7 +1274,7 @@ def button_motion(genie, frames, seed=0):
         weight = pixels.float()[..., None]                              # (B, H, W, 1)
         return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
 
-    state, frames, motions = genie.start(frames), torch.as_tensor(frames), []
+    state, motions = genie.start(frames), []
     for action in range(genie.config.num_actions):
         made = genie.step(state, action, seeded(seed, action))[0].cpu()
         (new, lit), (old, out) = centre(made > frames), centre(frames > made)
