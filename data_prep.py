@@ -25,8 +25,10 @@ Contents: 1 files and errors · 2 sequences and splits · 3 the demo world · 4 
 """
 
 import argparse
+import base64
 import contextlib
 import difflib
+import io
 import json
 import math
 import os
@@ -282,7 +284,7 @@ def split_sizes(windows):
 
 # ---------------------------------------------------------------------------------------------
 # 3. The demo world. To see whether a model has found the actions of a world, one must know them.
-# No public video comes with its key presses, so here is a game: a hero walks among brick walls
+# Hardly any public video comes with its key presses, so here is a game: a hero walks among brick walls
 # where the player sends it, and a fish swims to and fro by its own rule, ignoring the player.
 #
 # It is built to be learnt on a CPU in minutes. The tokenizer cuts the screen into 16x16 patches
@@ -869,16 +871,35 @@ def write_video(paths, out, threshold="otsu", crop="center", invert=False, start
 # ---------------------------------------------------------------------------------------------
 
 
-def save_gif(frames, path, scale=4, fps=10):
-    """Write frames (T, H, W), uint8 of 0/1 or of grey 0..255, as an endless animation."""
+def gif_bytes(frames, scale=4, fps=10):
+    """An endless animation of frames (T, H, W), uint8 of 0/1 or of grey 0..255, as a GIF file."""
     frames = np.asarray(frames, dtype=np.uint8)
     if frames.max() <= 1:
         frames = frames * 255
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = [Image.fromarray(frame) for frame in frames]
+    images, file = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:],
+                   duration=round(1000 / fps), loop=0)
+    return file.getvalue()
+
+
+def save_gif(frames, path, scale=4, fps=10):
+    """Write what gif_bytes makes to a file."""
     with written_whole(path) as file:
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:],
-                       duration=round(1000 / fps), loop=0)
+        file.write(gif_bytes(frames, scale, fps))
+
+
+class Animation:
+    """Frames (T, H, W) that play in a notebook: make it the last line of a cell."""
+
+    def __init__(self, frames, scale=4, fps=10):
+        self.gif, self.count = gif_bytes(frames, scale, fps), len(frames)
+
+    def __repr__(self):
+        return f"Animation of {self.count} frames"
+
+    def _repr_html_(self):                              # what Jupyter asks an object for
+        return f'<img src="data:image/gif;base64,{base64.b64encode(self.gif).decode()}">'
 
 
 def beside(pictures, gap=2):

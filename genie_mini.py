@@ -32,12 +32,14 @@ turns every such switch off. README's "How this differs from Genie" lists them, 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
 import signal
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,7 +124,8 @@ class Config:
     dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
     tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts (half of a"
                                    " shorter run): k-means++ needs encoder outputs that differ")
-    lam_unquantized: int = setting(0, "the same for the latent action model")
+    lam_unquantized: int = setting(0, "the same for the latent action model (two thirds of a"
+                                   " shorter run)")
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
@@ -144,7 +147,8 @@ class Config:
     val_sequences: int = setting(64, "sequences in a validation during training", low=1)
     # Sampling
     maskgit_steps: int = setting(10, "passes in which a frame's tokens are decided", low=1)
-    temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest")
+    temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest"
+                               " (in an order that is still drawn)")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
                                  " annealed to 0 (as in MaskGIT's code); large = random order")
 
@@ -156,7 +160,7 @@ PRESETS = {
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
         lam_pool="changed", lam_unquantized=1500, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=6000, action_noise=0.3, temperature=0.5, neighbour_start=True,
+        dyn_frames=2, dyn_steps=6000, action_noise=0.3, temperature=0.1, neighbour_start=True,
         batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
@@ -249,8 +253,8 @@ class Sequences:
 # Problem: a clip has T x N = 16 x 256 = 4,096 patches, and full attention compares all pairs: 16.8
 # million. But most of what decides a patch is either elsewhere in the same frame or earlier at the
 # same place. So each block attends twice: over space (within a frame, N x N, T times) and over time
-# (at one place, T x T, N times), then mixes channels. The cost grows linearly with T, not with T^2
-# (Genie, section 2: the ST-transformer).
+# (at one place, T x T, N times), then mixes channels. While T is far below N the cost grows linearly
+# with T, not with T^2 (Genie, section 2: the ST-transformer).
 #
 # Time attention is causal: frame t sees frames <= t only. That does two things. It lets one pass
 # train a prediction for every frame. And it makes play cheap: a past frame never changes while a
@@ -333,7 +337,8 @@ class TemporalAttention(nn.Module):
     def forward(self, x, past):
         """past: None or (k, v), each (B, N, h, T_past, e).
 
-        Returns y (B, T, N, D) and the (k, v) of past and present together, for a cache to keep.
+        Returns y (B, T, N, D) and the (k, v) of x's own frames, for a cache to keep: k is turned
+        already, so it stays as it is however many frames follow.
         """
         B, T, N, D = x.shape
         e = D // self.heads
@@ -342,13 +347,16 @@ class TemporalAttention(nn.Module):
         times = torch.arange(now, now + T, device=x.device)
         angles = rotary_angles(times, e // 2)                           # (T, e/2)
         q, k = rotate(q, angles), rotate(k, angles)                     # (B, N, h, T, e)
+        # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
+        scores = q @ k.transpose(-1, -2)                                # (B, N, h, T, T)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
+            scores = torch.cat([q @ past[0].transpose(-1, -2), scores], dim=-1)  # T_past + T wide
         # Frame t may see frame s when s is not later.
         age = times[:, None] - torch.arange(now + T, device=x.device)   # (T, T_past + T)
-        # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
-        scores = q @ k.transpose(-1, -2) / math.sqrt(e)                 # (B, N, h, T, T_past + T)
-        y = scores.masked_fill(age < 0, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+        weights = (scores / math.sqrt(e)).masked_fill(age < 0, -torch.inf).softmax(-1).to(v.dtype)
+        y = weights[..., now:] @ v
+        if past is not None:                    # past and present apart: joining them would copy
+            y = y + weights[..., :now] @ past[1]                        # the whole past each time
         return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
 
 
@@ -382,6 +390,18 @@ class Cache:
     def __init__(self, layers):
         self.past = [None] * layers                    # each (k, v), (B, N, h, T_past, e)
 
+    def add(self, layer, kv):
+        """Remember the (k, v) of one layer's newest frames; None if it has no time attention."""
+        if self.past[layer] is not None:
+            kv = [torch.cat(pair, dim=3) for pair in zip(self.past[layer], kv)]
+        self.past[layer] = kv
+
+    def map(self, function):
+        """A new cache, of function(k) and function(v)."""
+        new = Cache(len(self.past))
+        new.past = [kv and (function(kv[0]), function(kv[1])) for kv in self.past]
+        return new
+
 
 class STTransformer(nn.Module):
     """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D)."""
@@ -398,7 +418,7 @@ class STTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x, kv = block(x, cache.past[i])
             if commit:
-                cache.past[i] = kv
+                cache.add(i, kv)
         return self.norm(x)
 
 
@@ -473,20 +493,20 @@ class VectorQuantizer(nn.Module):
             return z + (code - z).detach(), indices, loss
 
     @torch.no_grad()
-    def update(self, generator):
+    def update(self, generator, more=None):
         """After an optimizer step: learn the codebook from all vectors seen since the last call.
 
         Once a step, not once a micro-batch: the codes stay put within a step, so micro-batches
-        give the same result as one big batch.
+        give the same result as one big batch. The codebook starts on the vectors of more(), if
+        given: a batch may hold only a few dozen.
         """
         z = torch.cat([z for z, _ in self.seen])                        # (M, L)
         indices = torch.cat([i for _, i in self.seen])                  # (M,)
         self.seen = []
         self.steps += 1
-        sample = z[torch.randperm(len(z), generator=generator)[:4096].to(z.device)]
         if not self.started:
             if self.steps >= self.unquantized:
-                self.start(sample, generator)
+                self.start(self.some(z if more is None else more(), generator), generator)
             return
         chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
         self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
@@ -494,7 +514,13 @@ class VectorQuantizer(nn.Module):
         moved = chosen.sum(0) > 0                                       # (K,)
         self.codebook[moved] = self.ema_sum[moved] / self.ema_count[moved, None]
         self.idle.add_(1)[moved] = 0
-        self.reseed(sample, (self.idle >= self.dead_after).nonzero()[:, 0], generator)
+        dead = (self.idle >= self.dead_after).nonzero()[:, 0]
+        self.reseed(self.some(z, generator), dead, generator)
+
+    @staticmethod
+    def some(z, generator, most=4096):
+        """At most `most` of the vectors z (M, L), drawn at random."""
+        return z[torch.randperm(len(z), generator=generator)[:most].to(z.device)]
 
     @torch.no_grad()
     def start(self, z, generator):
@@ -595,7 +621,7 @@ class LatentActionModel(nn.Module):
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
         self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
                                          c.dead_after, c.commitment,
-                                         min(c.lam_unquantized, c.dyn_steps // 2))
+                                         min(c.lam_unquantized, c.dyn_steps * 2 // 3))
         self.embed_past = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.from_latent = nn.Linear(c.latent_dim, c.lam_dim)
         self.decoder = STTransformer(*shape)
@@ -751,6 +777,13 @@ class PlayState:
     dynamics: Cache             # of the dynamics model
     decoder: Cache              # of the tokenizer's decoder
 
+    def player(self, i, copies=1):
+        """Player i alone, or as many players who share that one's past (a view, not a copy)."""
+        def pick(x):
+            return x[i:i + 1].expand(copies, *x.shape[1:])
+        return PlayState(pick(self.tokens), pick(self.actions), self.dynamics.map(pick),
+                         self.decoder.map(pick))
+
 
 class Genie(nn.Module):
     """Video tokenizer, latent action model and dynamics model, built from one Config."""
@@ -762,6 +795,7 @@ class Genie(nn.Module):
         self.tokenizer = VideoTokenizer(config)
         self.lam = LatentActionModel(config)
         self.dynamics = DynamicsModel(config)
+        self.generator = seeded(config.seed)           # for a player who brings none
 
     @property
     def device(self):
@@ -808,14 +842,16 @@ class Genie(nn.Module):
         return self.remember(tokens[:, -keep:], actions)
 
     @torch.no_grad()
-    def step(self, state, action, generator):
+    def step(self, state, action, generator=None):
         """Press a button: action, one whole number below num_actions, or (B,) of them.
 
-        Returns frames (B, 64, 64) uint8 of 0/1 and the next state.
+        Returns frames (B, 64, 64) uint8 of 0/1 (B = 1 after a start from one frame) and the next
+        state. The same generator state gives the same frames; without one Genie draws from its own.
         """
         action = torch.as_tensor(action, device=self.device).expand(len(state.tokens))
         latent = self.lam.quantizer.codebook[action]                    # (B, L)
-        tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
+        tokens = self.dynamics.sample(state.dynamics, latent, self.config,
+                                      generator or self.generator)
         return self.observe(state, tokens, latent)
 
     def rollout(self, first, actions, generator):
@@ -939,7 +975,7 @@ def world_noise(genie, frames, tokens, generator):
     learns that any button may do nothing at a wall. (Swapped anywhere, it would learn that any
     button may do anything.)
     """
-    c, (B, T, N) = genie.config, tokens.shape
+    c, (B, T, _) = genie.config, tokens.shape
     shifts = torch.randint(SIZE, (B, 2), generator=generator) * c.lam_roll
     changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (B, T-1)
     swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
@@ -1066,8 +1102,17 @@ class Trainer:
         if quantizer.started:
             used = code_use(torch.cat(codes), len(quantizer.codebook))
             numbers["codes_used"], numbers["perplexity"] = used
-        quantizer.update(generator)
+        quantizer.update(generator, self.latents)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
+
+    @torch.no_grad()
+    def latents(self):
+        """Encoder outputs (M, L) of sequences from all over the training set: a sample for the
+        codebook to start on. 256 of them hold 3,840 actions, a batch of pairs only 32."""
+        encode = self.models[0].eval().encode
+        some = spread(self.train_set, 256)
+        z, = over_batches(self.genie, self.train_set, some, lambda x, _: (encode(x)[0],))
+        return z.flatten(0, -2).to(self.device)
 
     @torch.no_grad()
     def validate(self):
@@ -1262,11 +1307,12 @@ def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
 
 @torch.no_grad()
 def button_motion(genie, frames, seed=0):
-    """Which way each button moves things, on average over real frames (B, H, W): (num_actions, 2).
+    """What each button moves, on average over real frames (B, H, W).
 
-    (dy, dx) leads from the centre of the pixels that went out to the centre of those that lit up.
-    So the direction counts, less the length: a thing that moves a little lights up its edge alone.
-    What moves by itself does so under every button, either way, and averages out.
+    Returns which way, (num_actions, 2), and how many pixels change, (num_actions,). (dy, dx)
+    leads from the centre of the pixels that went out to the centre of those that lit up. So the
+    direction counts, less the length: a thing that moves a little lights up its edge alone. What
+    moves by itself does so under every button, either way, and averages out.
     """
     grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"), -1)
 
@@ -1274,20 +1320,21 @@ def button_motion(genie, frames, seed=0):
         weight = pixels.float()[..., None]                              # (B, H, W, 1)
         return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
 
-    state, motions = genie.start(frames), []
+    state, motions, changed = genie.start(frames), [], []
     for action in range(genie.config.num_actions):
         made = genie.step(state, action, seeded(seed, action))[0].cpu()
         (new, lit), (old, out) = centre(made > frames), centre(frames > made)
         motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
-    return torch.stack(motions)
+        changed.append(wrong(made, frames).mean())
+    return torch.stack(motions), torch.stack(changed)
 
 
 @torch.no_grad()
 def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     """delta_psnr at the t-th generated frame, its null, one-step errors and rollout errors.
 
-    Random actions are drawn in two ways: evenly from the codes in use (psnr_random; dead codes
-    would make it look worse than it is), and as often as they occur (delta_psnr_marginal).
+    Random actions are drawn in two ways: evenly from the codes in use (psnr_random; what dead codes
+    do was never trained, and says nothing), and as often as they occur (delta_psnr_marginal).
     """
     (chosen,) = over_batches(genie, data, indices, lambda x, _: (genie.lam.encode(x)[1],))
     marginal = torch.bincount(chosen.flatten(), minlength=genie.config.num_actions).float()
@@ -1362,7 +1409,7 @@ def held_buttons(genie, steps=CLIP - 1):
 def draw_buttons(genie, frames, path):
     """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
     over all of frames (B, H, W)."""
-    motion, actions = button_motion(genie, frames).tolist(), held_buttons(genie)
+    motion, actions = button_motion(genie, frames)[0].tolist(), held_buttons(genie)
     first = frames[:1].to(genie.device).expand(len(actions), SIZE, SIZE)
     made = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1).cpu()
     rows = [[*clip.numpy(), data_prep.arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
@@ -1389,28 +1436,165 @@ def parse_actions(text, num_actions):
     return actions
 
 
-def first_frame(args, genie):
-    """The (64, 64) frame that play starts from: --image, or frame 1 of sequence --start."""
+def first_frames(args, genie, others=16):
+    """Frames (n, 64, 64) that play may start from: --image alone, or frame 1 of sequence --start
+    and then of some others. Raises UserError."""
     if args.image is not None:
         if args.start is not None:
             raise UserError("--image and --start both name a first frame: give one of them")
-        return torch.from_numpy(data_prep.image_to_frame(args.image))
+        return torch.from_numpy(data_prep.image_to_frame(args.image))[None]
     data, start = Sequences(find_data(args.data or genie.trained_on), args.split), args.start or 0
     if not 0 <= start < len(data):
         raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
-    return data.frames([start])[0, 0]
+    return data.frames([start, *spread(data, others)])[:, 0]
+
+
+def arrow_keys(motion, changed):
+    """Which button each arrow key and the space bar press: {key: action}.
+
+    motion (num_actions, 2) and changed (num_actions,) are those of button_motion. An arrow takes
+    the button that moves things farthest its way, the space bar the one that changes least.
+    """
+    ways = {"up": (-1.0, 0.0), "down": (1.0, 0.0), "left": (0.0, -1.0), "right": (0.0, 1.0)}
+    keys = {key: int((motion @ torch.tensor(way)).argmax()) for key, way in ways.items()}
+    return {**keys, " ": int(changed.argmin())}
+
+
+class Window:
+    """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
+
+    The frames that all the buttons would lead to are drawn as one batch, which shares the past.
+    They stand in a row under the picture, and to press a button is to choose one of them.
+    """
+
+    KEEP = 1200                                          # frames kept for S: two minutes
+    HELP = "arrows, space, digits: press a button   R: restart elsewhere   S: save a GIF   Q: quit"
+
+    def __init__(self, genie, firsts, seed=0):
+        """Begin at the first of firsts (n, 64, 64); R goes on to the next."""
+        import matplotlib.pyplot as plt                  # slow to import: only here
+        self.genie, self.firsts, self.generator = genie, firsts, seeded(seed)
+        self.buttons = torch.arange(genie.config.num_actions)
+        self.arrows = arrow_keys(*button_motion(genie, firsts))
+        self.keys = {**{str(a): a for a in self.buttons.tolist()}, **self.arrows}
+        self.turn, self.close = -1, lambda: plt.close(self.figure)
+        self.figure = plt.figure("genie_mini", figsize=(7, 8))
+        canvas = self.figure.canvas
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)      # S, Q and R are ours
+        canvas.mpl_connect("key_press_event", self.on_key)
+        canvas.mpl_connect("key_release_event", self.on_release)
+        canvas.mpl_connect("close_event", lambda _: self.timer.stop())
+        self.timer = canvas.new_timer(interval=100)      # ms: 10 FPS, as in the video
+        self.timer.add_callback(self.tick)
+        self.restart()
+        self.lay_out()
+        self.timer.start()
+
+    def restart(self):
+        """Begin anew, at the next first frame."""
+        self.turn = (self.turn + 1) % len(self.firsts)
+        self.frame = self.firsts[self.turn].cpu().numpy()               # (64, 64)
+        self.film = deque([np.packbits(self.frame, axis=-1)], maxlen=self.KEEP)
+        self.state = self.genie.start(self.firsts[self.turn])
+        self.pressed, self.held, self.released = deque(maxlen=30), None, False
+        self.last, self.speed, self.note = time.monotonic(), 0.0, ""
+        self.look_ahead()
+
+    def look_ahead(self):
+        """The frames (num_actions, 64, 64) that the buttons would lead to, and what comes after."""
+        many = self.state.player(0, copies=len(self.buttons))
+        frames, self.after = self.genie.step(many, self.buttons, self.generator)
+        self.futures = frames.cpu().numpy()
+
+    def tick(self):
+        """One frame on: by the button that is held, or by the one that moves things least."""
+        action = self.arrows[" "] if self.held is None else self.held
+        if self.released:                                # a short tap counts for one frame
+            self.held, self.released = None, False
+        self.frame, self.state = self.futures[action], self.after.player(action)
+        self.film.append(np.packbits(self.frame, axis=-1))
+        self.pressed.append(action)
+        self.look_ahead()
+        now = time.monotonic()
+        rate = 1 / max(1e-6, now - self.last)
+        self.last, self.speed = now, 0.9 * self.speed + 0.1 * rate if self.speed else rate
+        self.draw()
+
+    def picture(self):
+        """The frame, enlarged to the width of all the futures in a row; and these under it."""
+        n = len(self.buttons)
+        large = np.pad(self.frame.repeat(n, 0).repeat(n, 1) * 255, ((0, 2), (n, n)))
+        return np.concatenate([large, data_prep.beside(list(self.futures * 255))])
+
+    def lay_out(self):
+        """Make the artists; draw() then only changes what they show."""
+        axes, n = self.figure.add_axes((0.02, 0.13, 0.96, 0.82)), len(self.buttons)
+        axes.set_axis_off()
+        self.image = axes.imshow(self.picture(), cmap="gray", vmin=0, vmax=255)
+        signs = {"up": "↑", "down": "↓", "left": "←", "right": "→", " ": "space"}
+        for a in range(n):
+            names = [str(a)] + [signs[key] for key, action in self.arrows.items() if action == a]
+            axes.text(66 * a + 32, 64 * n + 72, "\n".join(names), ha="center", va="top")
+        self.title = self.figure.text(0.02, 0.96, "")
+        self.history = self.figure.text(0.02, 0.04, "")
+        self.figure.text(0.02, 0.01, self.HELP)
+        self.draw()
+
+    def draw(self):
+        self.image.set_data(self.picture())
+        self.title.set_text(f"{self.speed:.1f} frames a second   {self.note}")
+        self.history.set_text("pressed: " + " ".join(map(str, self.pressed)))
+        self.figure.canvas.draw_idle()
+
+    def on_key(self, event):
+        key = (event.key or "").lower()
+        if key in self.keys:
+            self.held, self.released = self.keys[key], False
+        elif key in ("r", "s", "q"):
+            {"r": self.restart, "s": self.save, "q": self.close}[key]()
+
+    def on_release(self, event):
+        if self.keys.get((event.key or "").lower()) == self.held:
+            self.released = True                         # the next tick still sees it
+
+    def save(self):
+        """Write what was played as dream-1.gif, or the next number that is free."""
+        path = next(p for n in itertools.count(1) if not (p := Path(f"dream-{n}.gif")).exists())
+        try:
+            data_prep.save_gif(np.unpackbits(np.stack(self.film), axis=-1), path)
+            self.note = f"saved {path}"
+        except (UserError, OSError) as error:            # the dream goes on
+            self.note = f"not saved: {error}"
+
+
+def open_window(args, genie):
+    """Play in a window. Raises UserError where matplotlib can open none."""
+    try:
+        import matplotlib.pyplot as plt
+        backend = plt.get_backend().lower()
+    except (ImportError, ValueError) as error:           # a backend that is not there
+        raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
+                        " pip install tornado and set it to WebAgg") from None
+    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
+        raise UserError("there is no display to play on; MPLBACKEND=WebAgg python genie_mini.py"
+                        " play plays in a browser (pip install tornado), --actions 0,1 --out"
+                        " roll.gif saves a GIF")
+    Window(genie, first_frames(args, genie), args.seed)
+    plt.show()
 
 
 def play(args):
-    """`play`: a GIF of what the buttons in --actions do; without them, of each one held down."""
-    out = data_prep.check_output(args.out, (".gif",), args.force)
-    genie = load_run(args)
+    """`play`: in a window; with --actions or --out, to a GIF of those buttons, or of each held."""
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}: it cannot be negative")
+    genie = load_run(args)
+    if args.actions is None and args.out is None:
+        return open_window(args, genie)
+    out = data_prep.check_output(args.out or "roll.gif", (".gif",), args.force)
     plan = held_buttons(genie)
     if args.actions is not None:
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
-    first, began = first_frame(args, genie).expand(len(plan), SIZE, SIZE), time.monotonic()
+    first, began = first_frames(args, genie)[:1].expand(len(plan), SIZE, SIZE), time.monotonic()
     made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
     speed = plan.numel() / (time.monotonic() - began)
     panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
@@ -1666,7 +1850,7 @@ def build_parser():
     commands = {
         "train": (train, "train both stages (bare: demo world, preset by device)"),
         "eval": (eval_command, "measure a run against its baselines"),
-        "play": (play, "press buttons and save what happens as a GIF"),
+        "play": (play, "press buttons, in a window or into a GIF"),
         "bench": (bench, "speed and memory on this machine")}
     for name, (function, text) in commands.items():
         command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -1693,8 +1877,8 @@ def build_parser():
     add["eval"]("--clips", help="also draw real and generated clips to this PNG")
     add["play"]("--image", help="start from this picture, binarised as data_prep does")
     add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
-    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [hold each one]")
-    add["play"]("--out", default="roll.gif", help="the animation to write [roll.gif]")
+    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [with --out: hold each]")
+    add["play"]("--out", help="save a GIF instead of opening a window [with --actions: roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
     for name in ("eval", "play", "bench"):
         add[name]("--force", action="store_true", help="replace output files that exist")

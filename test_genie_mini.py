@@ -4,6 +4,10 @@ How to run them, from the folder of this file; all are offline, on the CPU, and 
 
     python -m pytest -q test_genie_mini.py                 everything, a minute or two
     python -m pytest -q test_genie_mini.py -k leak         only the tests whose name has "leak"
+    python -m pytest -q -m attention                       only those that grade one part: patchify,
+        attention, quantizer, straight_through, mask, maskgit, delta_psnr
+    python -m pytest -q -m notebooks                       run every notebook, some minutes; needs
+        pip install nbclient ipykernel
 
 How to read them: each docstring says what it means when the test fails. The tests of the model take
 the module they test as an argument, `gm`; left alone it is genie_mini. The section "Planted bugs"
@@ -13,7 +17,9 @@ known to be able to fail. If you change genie_mini.py and a planted bug's text i
 write the bug anew for the new text.
 """
 
+import base64
 import inspect
+import io
 import json
 import math
 import pickle
@@ -741,6 +747,7 @@ def changed(function, x, other, where):
     return (difference.flatten(2).amax((0, 2)) > 1e-6).tolist()
 
 
+@pytest.mark.attention
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_future_leak(name, gm=genie_mini):
     """Failing means that a frame is predicted with the answer in view: training would look superb
@@ -921,6 +928,7 @@ def make_quantizer(gm, codes=CODES, started=True, decay=0.9, dead_after=100, unq
     return quantizer
 
 
+@pytest.mark.quantizer
 def test_quantizer_picks_the_nearest_code(gm=genie_mini):
     """Failing means that vectors are replaced by a wrong code, or the loss has a wrong weight."""
     quantized, indices, loss = make_quantizer(gm)(torch.tensor([VECTORS]))
@@ -929,6 +937,7 @@ def test_quantizer_picks_the_nearest_code(gm=genie_mini):
     assert loss.item() == pytest.approx(0.25 * (0.17 + 0.82 + 0.65) / 6)
 
 
+@pytest.mark.straight_through
 def test_straight_through_gradient(gm=genie_mini):
     """Failing means that the encoder gets no gradient, or a wrong one, through the codebook."""
     z = torch.tensor(VECTORS, requires_grad=True)
@@ -943,6 +952,7 @@ def test_straight_through_gradient(gm=genie_mini):
     assert close(z.grad, 2 * 0.25 * (z.detach() - torch.tensor(CODES)[NEAREST]) / 6, 1e-7)
 
 
+@pytest.mark.quantizer
 def test_codes_follow_a_moving_average(gm=genie_mini):
     """Failing means that the codes do not learn, learn at a wrong rate, or move when unused.
 
@@ -958,6 +968,7 @@ def test_codes_follow_a_moving_average(gm=genie_mini):
     assert quantizer.seen == [], "what is seen in evaluation must not be learned from"
 
 
+@pytest.mark.quantizer
 def test_quantizer_lets_everything_through_until_it_starts(gm=genie_mini):
     """Failing means that the codebook starts at a wrong time, or on vectors of no encoder."""
     quantizer = make_quantizer(gm, started=False, unquantized=3)
@@ -988,6 +999,24 @@ def test_start_picks_distinct_vectors(gm=genie_mini):
     assert close(quantizer.codebook, start), "the moving average starts there, too"
 
 
+def test_codebook_starts_on_the_whole_training_set(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that the action codebook starts on the few actions of one batch: then some of
+    the true actions are not among them, and the codes are slow to find those, or never do."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, lam_unquantized=2)
+    quantizer, given = trainer.genie.lam.quantizer, []
+    start = quantizer.start
+    quantizer.start = lambda z, generator: (given.append(z.clone()), start(z, generator))
+    for trainer.step in range(2):
+        assert not given
+        trainer.optimizer_step()
+    quantizer.started.fill_(False)                       # so that encode gives what it had given
+    latents = trainer.latents()
+    assert latents.shape == (15 * len(trainer.train_set), 4) == given[0].shape
+    for mean in (lambda z: z.mean(0), lambda z: z.pow(2).mean(0)):      # shuffled, but the same
+        assert close(mean(latents), mean(given[0]))
+
+
+@pytest.mark.quantizer
 def test_dead_code_is_moved_onto_a_lonely_vector(gm=genie_mini):
     """Failing means that a code nobody uses stays dead, is moved too early, or becomes a copy of
     a live code, which would never be chosen.
@@ -1052,6 +1081,7 @@ def started_cache(gm, genie, B=2):
     return cache
 
 
+@pytest.mark.maskgit
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_maskgit_commits_each_token_once(steps, gm=genie_mini):
     """Failing means that decided tokens are changed or forgotten, or decided in the wrong number:
@@ -1074,6 +1104,7 @@ def test_maskgit_commits_each_token_once(steps, gm=genie_mini):
     assert final.min() >= 0 and final.max() < 8
 
 
+@pytest.mark.maskgit
 def test_maskgit_takes_a_token_from_the_pass_that_decides_it(gm=genie_mini):
     """Failing means that tokens are decided by another pass than the one that commits them, or
     that some are never decided at all.
@@ -1087,6 +1118,7 @@ def test_maskgit_takes_a_token_from_the_pass_that_decides_it(gm=genie_mini):
     assert (final == decided).all() and sorted(final.unique().tolist()) == [1, 2, 3, 4]
 
 
+@pytest.mark.maskgit
 def test_maskgit_commits_the_surest_first(gm=genie_mini):
     """Failing means that the order of decisions does not follow the model's confidence.
 
@@ -1102,6 +1134,7 @@ def test_maskgit_commits_the_surest_first(gm=genie_mini):
         assert masked.flatten().tolist() == [n < still for n in range(16)]
 
 
+@pytest.mark.maskgit
 def test_order_noise_shuffles_the_order(gm=genie_mini):
     """Failing means that order_noise does nothing: the commits are then always the same."""
     genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0, order_noise=100.0)
@@ -1111,6 +1144,7 @@ def test_order_noise_shuffles_the_order(gm=genie_mini):
     assert (passes[1] != passes[5]).any()
 
 
+@pytest.mark.maskgit
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_is_that_of_a_softmax(temperature, gm=genie_mini):
     """Failing means that the temperature changes nothing, or something else: 32,000 draws do not
@@ -1123,6 +1157,7 @@ def test_temperature_is_that_of_a_softmax(temperature, gm=genie_mini):
     assert close(share, (logits / temperature).softmax(0), 0.012)      # 4 standard deviations
 
 
+@pytest.mark.maskgit
 def test_sampling_follows_the_seed(gm=genie_mini):
     """Failing means that play cannot be repeated, or that at temperature 0 chance still rules."""
     for temperature, alike in ((0.0, True), (1.0, False)):
@@ -1137,6 +1172,7 @@ def test_sampling_follows_the_seed(gm=genie_mini):
 # --- the cache is exact, and play is pure ---------------------------------------------------
 
 
+@pytest.mark.attention
 @torch.no_grad()
 def test_cached_dynamics_equals_uncached(gm=genie_mini):
     """Failing means that play computes something else than what was trained.
@@ -1308,6 +1344,7 @@ def test_loss_is_that_of_the_masked_tokens(gm=genie_mini):
     assert model.loss(tokens, actions, masked).item() == pytest.approx(expected)
 
 
+@pytest.mark.mask
 def test_random_mask(gm=genie_mini):
     """Failing means that the first frame is hidden, or the masking rate is not the card's: one rate
     a sequence, evenly drawn from 0.5 to 1, and each token masked with that probability."""
@@ -1327,6 +1364,7 @@ def test_random_mask(gm=genie_mini):
 # --- patches, folding, positions ------------------------------------------------------------
 
 
+@pytest.mark.patchify
 def test_patchify_by_hand(gm=genie_mini):
     """Failing means that patches are cut or numbered in another order: row by row."""
     frame = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
@@ -1334,6 +1372,7 @@ def test_patchify_by_hand(gm=genie_mini):
     assert patches[0, 0].tolist() == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
 
 
+@pytest.mark.patchify
 @pytest.mark.parametrize("patch", [1, 4, 8, 64])
 def test_unpatchify_is_the_inverse(patch, gm=genie_mini):
     """Failing means that pictures come out scrambled."""
@@ -1374,6 +1413,7 @@ def test_folded_tokens_are_neighbours(gm=genie_mini):
     assert changes.gt(1e-6).nonzero().flatten().tolist() == [2, 3, 6, 7]
 
 
+@pytest.mark.attention
 def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     """Failing means that what is learned at one place or time does not hold at another, and that
     play past 16 frames would be at times never seen in training."""
@@ -1388,6 +1428,7 @@ def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     assert close(lengths, q.norm().expand(40)), "a rotation keeps the length"
 
 
+@pytest.mark.attention
 @torch.no_grad()
 def test_time_attention_by_hand(gm=genie_mini):
     """Failing means that time attention is no longer softmax(q k / sqrt(e)) v over the past.
@@ -1405,6 +1446,23 @@ def test_time_attention_by_hand(gm=genie_mini):
         assert close(y[0, t, 0], layer.out(share @ v[seen])), t
 
 
+@pytest.mark.attention
+@torch.no_grad()
+def test_space_attention_by_hand(gm=genie_mini):
+    """Failing means that space attention is no longer softmax(q k / sqrt(e)) v over one frame.
+
+    A frame of 2x2 patches, two heads of 4 channels; the first half of a head's channel pairs turns
+    with the row, the other with the column. The other frame of the clip must not matter.
+    """
+    layer, x = gm.SpatialAttention(8, 2, 2, False), torch.randn(1, 2, 4, 8)
+    heads, rows, cols = [], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    turn = torch.cat([gm.rotary_angles(rows, 1), gm.rotary_angles(cols, 1)], dim=1)
+    for q, k, v in zip(*(part.chunk(2, dim=1) for part in layer.qkv(x[0, 1]).chunk(3, dim=1))):
+        scores = gm.rotate(q, turn) @ gm.rotate(k, turn).T / math.sqrt(4)    # (N, N)
+        heads.append(scores.softmax(1) @ v)
+    assert close(layer(x)[0, 1], layer.out(torch.cat(heads, dim=1)))
+
+
 def spatial_scores(gm, dim, heads, side):
     """The attention scores (h, N, N) of a new layer with neighbour_start, for blank content."""
     layer = gm.SpatialAttention(dim, heads, side, neighbour_start=True)
@@ -1414,6 +1472,7 @@ def spatial_scores(gm, dim, heads, side):
     return scores.detach() / math.sqrt(dim // heads)
 
 
+@pytest.mark.attention
 @pytest.mark.parametrize("dim, heads, side", [(64, 4, 16), (128, 4, 8), (32, 2, 16)])
 def test_heads_start_on_their_neighbours(dim, heads, side, gm=genie_mini):
     """Failing means that neighbour_start points heads at nothing, or at the wrong neighbour."""
@@ -1793,6 +1852,7 @@ def test_code_use(gm=genie_mini):
     assert used == 2 and perplexity == pytest.approx(4 / 27 ** 0.25)
 
 
+@pytest.mark.delta_psnr
 def test_psnr_and_wrong_pixels(gm=genie_mini):
     """Failing means that pictures are scored wrongly."""
     assert gm.psnr(4096) == pytest.approx(0) and gm.psnr(40.96) == pytest.approx(20)
@@ -1848,6 +1908,7 @@ def test_one_step_starts_from_the_real_past(demo_file, gm=genie_mini):
         assert (made[:, t] == (genie.tokenizer.decode(codes[mixed])[:, -1] > 0)).all(), t
 
 
+@pytest.mark.delta_psnr
 def test_random_actions_are_among_those_in_use(demo_file, gm=genie_mini):
     """Failing means that dead codes make the random baseline look bad, and our actions good.
 
@@ -1868,6 +1929,7 @@ def test_random_actions_are_among_those_in_use(demo_file, gm=genie_mini):
     assert pressed == {1, 6}
 
 
+@pytest.mark.delta_psnr
 def test_evaluation_of_a_perfect_world(demo_file, gm=genie_mini):
     """Failing means that generated frame t is compared with another frame of the video than t.
 
@@ -1925,7 +1987,8 @@ def test_a_long_dream_is_judged_frame_by_frame(demo_file, gm=genie_mini):
 
 
 def test_motion_of_a_button(demo_file, gm=genie_mini):
-    """Failing means that the arrow under a button points elsewhere than it moves things."""
+    """Failing means that the arrow of a button points elsewhere than it moves things, or that the
+    arrow keys press other buttons than those which move things their way."""
     genie = tiny_genie(gm)
     frames = torch.zeros(3, 64, 64, dtype=torch.uint8)
     frames[:, 20:28, 30:38] = torch.from_numpy(dp.HERO.copy())
@@ -1933,8 +1996,13 @@ def test_motion_of_a_button(demo_file, gm=genie_mini):
     moves = [(0, 0), (4, 0), (-4, 0), (0, 3), (0, -3), (1, 2), (0, 0), (0, 0)]
     genie.start = lambda frames: None
     genie.step = lambda state, action, generator: (frames.roll(moves[action], (1, 2)), None)
-    signs = gm.button_motion(genie, frames).round().sign().tolist()
-    assert signs == [[np.sign(dy), np.sign(dx)] for dy, dx in moves]
+    motion, changed = gm.button_motion(genie, frames)
+    assert motion.round().sign().tolist() == [[np.sign(dy), np.sign(dx)] for dy, dx in moves]
+    expected = [gm.wrong(frames.roll(move, (1, 2)), frames).mean().item() for move in moves]
+    assert changed.tolist() == pytest.approx(expected) and expected[0] == 0 < expected[5]
+    keys = gm.arrow_keys(motion, changed)
+    assert [moves[keys[key]] for key in ("up", "down", "left", "right")] == [
+        (-4, 0), (4, 0), (0, -3), (0, 3)] and moves[keys[" "]] == (0, 0)
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -2100,6 +2168,8 @@ BUGS = [
      PICK.replace("weight", "torch.ones_like(weight)"), test_start_picks_distinct_vectors, {}),
     ("live code copied", "if weight.sum() == 0:\n                return",
      "weight += 1e-9", test_dead_code_never_copies_a_live_one, {}),
+    ("codebook starts on one batch", "z if more is None else more()", "z",
+     test_codebook_starts_on_the_whole_training_set, {}),
     ("codebook starts at once", "if self.steps >= self.unquantized:", "if True:",
      test_quantizer_lets_everything_through_until_it_starts, {}),
     ("a re-seeded code is dragged back", "self.ema_sum[code] = self.codebook[code]", "pass",
@@ -2108,7 +2178,9 @@ BUGS = [
      test_dead_code_is_moved_onto_a_lonely_vector, {}),
     ("the average starts at zero", "self.ema_sum.copy_(self.codebook * self.ema_count[:, None])",
      "pass", test_start_picks_distinct_vectors, {}),
-    ("scores not scaled", "@ k.transpose(-1, -2) / math.sqrt(e)", "@ k.transpose(-1, -2)",
+    ("space attention across frames", "self.qkv(x).view(B * T, N, 3,",
+     "self.qkv(x.flip(1)).view(B * T, N, 3,", test_space_attention_by_hand, {}),
+    ("scores not scaled", "(scores / math.sqrt(e))", "scores",
      test_time_attention_by_hand, {}),
     ("no noise in the order", "surety = surety + c.order_noise", "surety = surety + 0",
      test_order_noise_shuffles_the_order, {}),
@@ -2135,8 +2207,8 @@ BUGS = [
     ("cache not committed", "if commit:", "if False:", test_cached_dynamics_equals_uncached, {}),
     ("cache committed while refining", "if commit:", "if True:",
      test_refining_leaves_the_cache_alone, {}),
-    ("clock of the cache stands still", "now = 0 if past is None else past[0].shape[3]", "now = 0",
-     test_cached_dynamics_equals_uncached, {}),
+    ("clock of the cache stands still", "rotary_angles(times, e // 2)",
+     "rotary_angles(times - now, e // 2)", test_cached_dynamics_equals_uncached, {}),
     *(("play remembers for ever", "if tokens.shape[1] < self.config.dyn_frames:", "if True:",
        test_long_play_stays_within_what_was_trained, {"T": T}) for T in (2, 16)),
     ("play remembers one frame too many", "if tokens.shape[1] < self", "if tokens.shape[1] <= self",
@@ -2467,6 +2539,119 @@ def test_play_without_actions_shows_every_button(workspace, tmp_path):
     assert all((panel[:, :64] == first).all() for panel in panels)
 
 
+@pytest.fixture
+def window(workspace, monkeypatch, tmp_path):
+    """A window to play in, on matplotlib's Agg canvas: it draws as on a screen, unseen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    genie = genie_mini.Genie.load(workspace / "run" / "checkpoint.pt")
+    firsts = genie_mini.Sequences(workspace / "walk.npz", "test").frames([0, 2])[:, 0]
+    window = genie_mini.Window(genie, firsts)
+    window.keys.update(up=1, down=2, left=3, right=4)    # an untrained run's are arbitrary
+    yield window
+    window.close()
+
+
+def press(window, *keys, release=True):
+    """Press each key on the window's canvas, as a keyboard would, and let a frame go by."""
+    from matplotlib.backend_bases import KeyEvent
+    for key in keys:
+        KeyEvent("key_press_event", window.figure.canvas, key)._process()
+        if release:
+            KeyEvent("key_release_event", window.figure.canvas, key)._process()
+        window.tick()
+
+
+def test_keys_press_buttons(window):
+    """Failing means that a key presses another button than it says, that a tap is lost or counts
+    twice, that a key held down is let go, or that nothing happens when no key is pressed."""
+    rest = window.arrows[" "]
+    press(window, "3", "up", "right", " ", "x")
+    window.tick()
+    assert list(window.pressed) == [3, 1, 4, rest, rest, rest]
+    press(window, "7", release=False)
+    window.tick()
+    press(window, "left")
+    window.tick()
+    assert list(window.pressed)[6:] == [7, 7, 3, rest]
+
+
+def test_a_button_leads_where_the_window_said(window):
+    """Failing means that the small frames under the picture are not what the buttons will do."""
+    for key in "0", "5", "2":
+        promised = window.futures[int(key)].copy()
+        press(window, key)
+        assert (window.frame == promised).all()
+        shown = window.picture()
+        assert (shown[:512:8, 8:520:8] == promised * 255).all()         # enlarged 8 times
+        for a in range(8):
+            assert (shown[514:, 66 * a:66 * a + 64] == window.futures[a] * 255).all()
+        assert (np.asarray(window.image.get_array()) == shown).all(), "the window shows another"
+
+
+def test_the_futures_are_those_of_one_past(window):
+    """Failing means that the eight dreams that share a past influence each other, or that going on
+    with one of them differs from having played it alone."""
+    genie, state = window.genie, window.genie.start(window.firsts[0])
+    genie.config.temperature = genie.config.order_noise = 0.0
+    alone = state
+    for action in (4, 1, 1, 6):
+        frames, state = genie.step(state.player(0, 8), torch.arange(8))
+        frame, alone = genie.step(alone, action)
+        state = state.player(action)
+        assert (frames[action] == frame[0]).all() and (state.tokens == alone.tokens).all()
+        for (k, v), (other_k, other_v) in zip(state.dynamics.past, alone.dynamics.past):
+            assert close(k, other_k) and close(v, other_v)
+
+
+def test_restart_save_and_quit(window, tmp_path):
+    """Failing means that R, S or Q do nothing, or that S writes over an earlier film."""
+    import matplotlib.pyplot as plt
+    (tmp_path / "dream-1.gif").write_bytes(b"mine")
+    press(window, "1", "2", "s")                         # the film: the first frame and two more
+    assert duration(tmp_path / "dream-2.gif") == 300 and "dream-2.gif" in window.note
+    assert (tmp_path / "dream-1.gif").read_bytes() == b"mine"
+    assert (gif_frames(tmp_path / "dream-2.gif")[0] == window.firsts[0].numpy()).all()
+    press(window, "r")
+    assert len(window.film) == 2                         # anew, and one frame since
+    assert (np.unpackbits(window.film[0], axis=-1) == window.firsts[1].numpy()).all()
+    number = window.figure.number
+    press(window, "q")
+    assert not plt.fignum_exists(number)
+
+
+def test_a_full_disk_does_not_end_the_dream(window, monkeypatch):
+    """Failing means that an error in saving ends the session, or goes unsaid."""
+    def full(*_, **__):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(dp, "save_gif", full)
+    press(window, "s", "1")
+    assert "No space left" in window.note and window.pressed[-1] == 1
+
+
+def test_readme_shows_an_agent_in_the_dream():
+    """Failing means that the Python code in README does not run as it stands."""
+    readme = (Path(__file__).parent / "README.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    code = code.replace('"assets/demo.pt"', repr(str(genie_mini.DEMO_CHECKPOINT)))
+    seen, names = [], {"agent": lambda frame: seen.append(np.asarray(frame)) or 3}
+    exec(code, names)
+    assert len(seen) == 64 and (seen[0] == dp.DemoWorld(7).frame()).all()
+    shown = dp.Animation(names["film"])._repr_html_()
+    gif = base64.b64decode(re.search("base64,([^\"]*)", shown).group(1))
+    assert (np.array(Image.open(io.BytesIO(gif)))[::4, ::4] > 0).tolist() == (
+        names["film"][0] > 0).tolist()
+
+
+def test_play_without_a_display_says_what_to_do(workspace, monkeypatch, capsys):
+    """Failing means that over SSH play ends in a traceback, or in nothing at all."""
+    import matplotlib
+    matplotlib.use("Agg")
+    assert genie_mini.main(["play", "--run", str(workspace / "run")]) == 2
+    assert "MPLBACKEND=WebAgg" in capsys.readouterr().err
+
+
 def test_play_force_replaces(workspace, tmp_path):
     """Failing means that --force does not replace the animation."""
     (tmp_path / "a.gif").write_bytes(b"old")
@@ -2653,3 +2838,105 @@ def test_status_and_stderr_of_genie_mini(tmp_path):
                          cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+# --- the notebooks ----------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((Path(__file__).parent / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+    """The code cells of a notebook, as dicts."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def kinds(cell):
+    """What a cell shows, in kind: streams (joined, as their cuts are chance) and MIME types."""
+    found = []
+    for output in cell["outputs"]:
+        kind = (output["output_type"], output.get("name"), *sorted(output.get("data", {})))
+        if kind[0] != "stream" or kind not in found:
+            found.append(kind)
+    return found
+
+
+def test_all_notebooks_are_there():
+    """Failing means that a notebook of the walkthrough is missing, or one has no number."""
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(7)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_short_and_was_run(path):
+    """Failing means a cell too long to read, or outputs that are not of one run, top to bottom."""
+    whole = json.loads(path.read_text("utf-8"))["cells"]
+    assert 30 <= len(whole) <= 60
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        lines = "".join(cell["source"]).splitlines()
+        assert len(lines) <= 15 and all(len(line) <= 79 for line in lines), lines[:1]
+        assert "error" not in [output["output_type"] for output in cell["outputs"]]
+        assert "stderr" not in [output.get("name") for output in cell["outputs"]]
+    assert sum("image/png" in kind for cell in cells for kind in kinds(cell)) >= 4, "few pictures"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_are_checked(path, monkeypatch, capsys):
+    """Failing means that a solution shown to students is refused, or an untouched stub accepted."""
+    monkeypatch.syspath_prepend(str(path.parent))
+    import checks
+    text = "\n".join("".join(cell["source"])
+                     for cell in json.loads(path.read_text("utf-8"))["cells"])
+    asked = re.findall(r"^checks\.(\w+)\(", text, re.MULTILINE)
+    assert len(asked) >= 2
+    solutions = {}
+    for code in re.findall(r"<summary>Solution.*?```python\n(.*?)```", text, re.DOTALL):
+        exec(code, {"np": np, "torch": torch, "F": F, "math": math, "genie_mini": genie_mini,
+                    "data_prep": dp}, solutions)
+    for name in asked:
+        assert getattr(checks, name)(solutions[name]) is True, name
+        assert getattr(checks, name)(lambda *_, **__: None) is False, name
+        assert "Not yet" in capsys.readouterr().out
+
+
+def test_a_handout_lacks_the_chosen_functions_alone(tmp_path, monkeypatch, capsys):
+    """Failing means that a hand-out for a class gives the answer away, misses more than was asked
+    for, or overwrites what is in its folder."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "notebooks"))
+    import strip
+    assert strip.main(["patchify", "-o", str(tmp_path / "handout")]) == 0
+    source = (tmp_path / "handout" / "genie_mini.py").read_text("utf-8")
+    handout = types.ModuleType("handout")
+    handout.__file__ = str(tmp_path / "handout" / "genie_mini.py")
+    sys.modules["handout"] = handout                     # dataclasses look their module up
+    exec(compile(source, "handout", "exec"), handout.__dict__)
+    for name in ("patchify", "unpatchify"):
+        with pytest.raises(NotImplementedError, match=name):
+            getattr(handout, name)(torch.zeros(1, 1, 64, 64), 4)
+        assert getattr(handout, name).__doc__ == getattr(genie_mini, name).__doc__
+    whole = Path(genie_mini.__file__).read_text("utf-8").splitlines()
+    assert set(source.splitlines()) - set(whole) == {
+        f'    raise NotImplementedError("your turn: {part}patchify")' for part in ("", "un")}
+    lost = len(whole) - len(source.splitlines())
+    assert lost == sum(len(inspect.getsource(f).splitlines()) - 3          # def, docstring, raise
+                       for f in (genie_mini.patchify, genie_mini.unpatchify))
+    assert (tmp_path / "handout" / ".pytest.ini").exists(), "the marks are declared there"
+    assert strip.main(["patchify", "-o", str(tmp_path / "handout")]) == 2
+    assert strip.main(["nothing", "-o", str(tmp_path / "other")]) == 2
+    assert "choose from patchify" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path):
+    """Failing means that a notebook ends in an error, or shows something else than is committed:
+    a picture where there was a number, or nothing at all. (Numbers may differ between machines.)"""
+    import nbclient
+    import nbformat
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300,
+                            resources={"metadata": {"path": str(path.parent)}}).execute()
+    fresh = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for old, new in zip(code_cells(path), fresh):
+        assert kinds(old) == kinds(new), "".join(old["source"])
