@@ -284,8 +284,8 @@ def split_sizes(windows):
 
 # ---------------------------------------------------------------------------------------------
 # 3. The demo world. To see whether a model has found the actions of a world, one must know them.
-# Hardly any public video comes with its key presses, so here is a game: a hero walks among brick walls
-# where the player sends it, and a fish swims to and fro by its own rule, ignoring the player.
+# Hardly any public video comes with its key presses, so here is a game: a hero walks among brick
+# walls where the player sends it, and a fish swims to and fro by its own rule, ignoring the player.
 #
 # It is built to be learnt on a CPU in minutes. The tokenizer cuts the screen into 16x16 patches
 # of 4x4 pixels, so things move on a lattice with 3 units to a patch. At 30 FPS a thing moves 1
