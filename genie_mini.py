@@ -253,8 +253,8 @@ class Sequences:
 # Problem: a clip has T x N = 16 x 256 = 4,096 patches, and full attention compares all pairs: 16.8
 # million. But most of what decides a patch is either elsewhere in the same frame or earlier at the
 # same place. So each block attends twice: over space (within a frame, N x N, T times) and over time
-# (at one place, T x T, N times), then mixes channels. While T is far below N the cost grows linearly
-# with T, not with T^2 (Genie, section 2: the ST-transformer).
+# (at one place, T x T, N times), then mixes channels. While T is far below N, the cost grows with
+# T and not with T^2 (Genie, section 2: the ST-transformer).
 #
 # Time attention is causal: frame t sees frames <= t only. That does two things. It lets one pass
 # train a prediction for every frame. And it makes play cheap: a past frame never changes while a

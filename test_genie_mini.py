@@ -2109,13 +2109,14 @@ def test_saving_is_all_or_nothing(tmp_path, gm=genie_mini):
 # --- planted bugs ---------------------------------------------------------------------------
 
 
-def mutant(old, new):
-    """genie_mini as a module of its own, with one piece of its source replaced."""
-    source = Path(genie_mini.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{old!r} must be in genie_mini.py exactly once"
+def mutant(old, new, original=genie_mini):
+    """A module of ours as a module of its own, with one piece of its source replaced."""
+    source = Path(original.__file__).read_text(encoding="utf-8")
+    name = Path(original.__file__).name
+    assert source.count(old) == 1, f"{old!r} must be in {name} exactly once"
     module = types.ModuleType("mutant")
-    module.__file__ = genie_mini.__file__
-    exec(compile(source.replace(old, new), "mutant of genie_mini.py", "exec"), module.__dict__)
+    module.__file__ = original.__file__
+    exec(compile(source.replace(old, new), f"mutant of {name}", "exec"), module.__dict__)
     return module
 
 
@@ -2358,6 +2359,23 @@ BUGS = [
 ]
 
 
+DATA_BUGS = [
+    ("sequences with stride 1", "ticks.reshape(FRAMES, STRIDE, *ticks.shape[1:]).swapaxes(0, 1)",
+     "ticks.reshape(STRIDE, FRAMES, *ticks.shape[1:])",
+     test_cut_window_is_three_staggered_sequences, {}),
+    ("splits that share a frame", "if clip.source_frames(number)[-1] < begin]", "]",
+     test_no_source_frame_is_in_two_splits, {"rate": 4}),
+    ("the first effect as the label",
+     "np.where((first == second) | (first == third), first, third)", "first",
+     test_demo_label_is_the_majority_and_the_last_on_a_tie, {}),
+    ("frames by index, not by time", "max(0, math.ceil((now - origin - TOLERANCE) * SOURCE_FPS))",
+     "0 if waiting is None else waiting[0] + 1", test_video_shows_the_right_frame_at_every_tick,
+     {"name": "25.mp4", "times": steady(25, 8), "rate": 25, "options": {}}),
+    ("black is white", "bright = grey > level", "bright = grey < level",
+     test_white_is_white_and_black_is_black, {}),
+]
+
+
 @pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in BUGS],
                          ids=[bug[0] for bug in BUGS])
 def test_planted_bug_is_caught(old, new, test, arguments, demo_file, tmp_path, request,
@@ -2374,6 +2392,18 @@ def test_planted_bug_is_caught(old, new, test, arguments, demo_file, tmp_path, r
         given["whole_run"] = request.getfixturevalue("whole_run")
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test(**given, **arguments, gm=broken)
+    assert test.__doc__.startswith("Failing means"), "pytest shows it: it must say what to look at"
+
+
+@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in DATA_BUGS],
+                         ids=[bug[0] for bug in DATA_BUGS])
+def test_planted_bug_in_the_data_is_caught(old, new, test, arguments, tmp_path, monkeypatch):
+    """Failing means that data_prep.py could be wrong in this way, and no test would say so."""
+    monkeypatch.setitem(globals(), "dp", mutant(old, new, dp))
+    given = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(test).parameters else {}
+    with pytest.raises(AssertionError):
+        test(**given, **arguments)
+    assert test.__doc__.startswith("Failing means"), "pytest shows it: it must say what to look at"
 
 
 # --- the commands, from a video to a GIF -----------------------------------------------------
