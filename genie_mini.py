@@ -1421,7 +1421,7 @@ def draw_buttons(genie, frames, path):
 # 11  Play
 #
 # Problem: a world model is convincing when you press a button and see what happens. Begin at a real
-# frame or at any picture, press buttons, and save what the model dreams as an animation.
+# frame or at any picture, and press buttons: in a window, or from a list into an animation.
 
 
 def parse_actions(text, num_actions):
@@ -1467,7 +1467,7 @@ class Window:
     They stand in a row under the picture, and to press a button is to choose one of them.
     """
 
-    KEEP = 1200                                          # frames kept for S: two minutes
+    KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
     HELP = "arrows, space, digits: press a button   R: restart elsewhere   S: save a GIF   Q: quit"
 
     def __init__(self, genie, firsts, seed=0):
