@@ -315,8 +315,8 @@ class SpatialAttention(nn.Module):
     def forward(self, x):
         B, T, N, D = x.shape
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (BT, h, N, e)
-        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, BT, h, N, e)
+        (q, k), v = rotate(qkv[:2], self.angles), qkv[2]                # each (BT, h, N, e)
         y = F.scaled_dot_product_attention(q, k, v)                     # (BT, h, N, e)
         return self.out(y.transpose(1, 2).reshape(B, T, N, D))
 
@@ -333,6 +333,10 @@ class TemporalAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
+        times = torch.arange(CLIP)                      # no clip is longer, in training or at play
+        angles = rotary_angles(times, dim // heads // 2)
+        self.register_buffer("angles", angles, persistent=False)        # (16, e/2)
+        self.register_buffer("later", times > times[:, None], persistent=False)     # (16, 16)
 
     def forward(self, x, past):
         """past: None or (k, v), each (B, N, h, T_past, e).
@@ -342,18 +346,16 @@ class TemporalAttention(nn.Module):
         """
         B, T, N, D = x.shape
         e = D // self.heads
-        q, k, v = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
         now = 0 if past is None else past[0].shape[3]                   # time of x's first frame
-        times = torch.arange(now, now + T, device=x.device)
-        angles = rotary_angles(times, e // 2)                           # (T, e/2)
-        q, k = rotate(q, angles), rotate(k, angles)                     # (B, N, h, T, e)
+        end = now + T
+        qkv = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
+        (q, k), v = rotate(qkv[:2], self.angles[now:end]), qkv[2]       # each (B, N, h, T, e)
         # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
         scores = q @ k.transpose(-1, -2)                                # (B, N, h, T, T)
         if past is not None:
             scores = torch.cat([q @ past[0].transpose(-1, -2), scores], dim=-1)  # T_past + T wide
-        # Frame t may see frame s when s is not later.
-        age = times[:, None] - torch.arange(now + T, device=x.device)   # (T, T_past + T)
-        weights = (scores / math.sqrt(e)).masked_fill(age < 0, -torch.inf).softmax(-1).to(v.dtype)
+        later = self.later[now:end, :end]                               # (T, T_past + T)
+        weights = (scores / math.sqrt(e)).masked_fill(later, -torch.inf).softmax(-1).to(v.dtype)
         y = weights[..., now:] @ v
         if past is not None:                    # past and present apart: joining them would copy
             y = y + weights[..., :now] @ past[1]                        # the whole past each time
@@ -672,7 +674,7 @@ class LatentActionModel(nn.Module):
 
 def gumbel(shape, generator):
     """Gumbel(0, 1) noise: argmax(logits + noise) is a sample from softmax(logits)."""
-    return -torch.empty(shape).exponential_(generator=generator).log()
+    return -(-torch.rand(shape, generator=generator).log()).log()
 
 
 class DynamicsModel(nn.Module):
@@ -777,12 +779,12 @@ class PlayState:
     dynamics: Cache             # of the dynamics model
     decoder: Cache              # of the tokenizer's decoder
 
-    def player(self, i, copies=1):
-        """Player i alone, or as many players who share that one's past (a view, not a copy)."""
-        def pick(x):
-            return x[i:i + 1].expand(copies, *x.shape[1:])
-        return PlayState(pick(self.tokens), pick(self.actions), self.dynamics.map(pick),
-                         self.decoder.map(pick))
+    def copies(self, n):
+        """n players who share the past of the only one (B = 1): a view, nothing is copied."""
+        def share(x):
+            return x.expand(n, *x.shape[1:])
+        return PlayState(share(self.tokens), share(self.actions), self.dynamics.map(share),
+                         self.decoder.map(share))
 
 
 class Genie(nn.Module):
@@ -842,16 +844,17 @@ class Genie(nn.Module):
         return self.remember(tokens[:, -keep:], actions)
 
     @torch.no_grad()
-    def step(self, state, action, generator=None):
+    def step(self, state, action, generator=None, passes=None):
         """Press a button: action, one whole number below num_actions, or (B,) of them.
 
         Returns frames (B, 64, 64) uint8 of 0/1 (B = 1 after a start from one frame) and the next
         state. The same generator state gives the same frames; without one Genie draws from its own.
+        `passes` are the MaskGIT passes to spend, if not those of the config.
         """
         action = torch.as_tensor(action, device=self.device).expand(len(state.tokens))
         latent = self.lam.quantizer.codebook[action]                    # (B, L)
-        tokens = self.dynamics.sample(state.dynamics, latent, self.config,
-                                      generator or self.generator)
+        config = dataclasses.replace(self.config, maskgit_steps=passes or self.config.maskgit_steps)
+        tokens = self.dynamics.sample(state.dynamics, latent, config, generator or self.generator)
         return self.observe(state, tokens, latent)
 
     def rollout(self, first, actions, generator):
@@ -1463,8 +1466,8 @@ def arrow_keys(motion, changed):
 class Window:
     """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
 
-    The frames that all the buttons would lead to are drawn as one batch, which shares the past.
-    They stand in a row under the picture, and to press a button is to choose one of them.
+    In a row under the picture stand the frames that the buttons would lead to: one batch, which
+    shares the past, and only a sketch (one MaskGIT pass instead of ten): it must not slow the game.
     """
 
     KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
@@ -1501,9 +1504,9 @@ class Window:
         self.look_ahead()
 
     def look_ahead(self):
-        """The frames (num_actions, 64, 64) that the buttons would lead to, and what comes after."""
-        many = self.state.player(0, copies=len(self.buttons))
-        frames, self.after = self.genie.step(many, self.buttons, self.generator)
+        """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
+        many = self.state.copies(len(self.buttons))
+        frames, _ = self.genie.step(many, self.buttons, self.generator, passes=1)
         self.futures = frames.cpu().numpy()
 
     def tick(self):
@@ -1511,7 +1514,8 @@ class Window:
         action = self.arrows[" "] if self.held is None else self.held
         if self.released:                                # a short tap counts for one frame
             self.held, self.released = None, False
-        self.frame, self.state = self.futures[action], self.after.player(action)
+        frame, self.state = self.genie.step(self.state, action, self.generator)
+        self.frame = frame[0].cpu().numpy()
         self.film.append(np.packbits(self.frame, axis=-1))
         self.pressed.append(action)
         self.look_ahead()
