@@ -21,7 +21,7 @@ With no video at hand, `demo` renders a small game in which the true actions are
     python data_prep.py preview data/NAME.npz -o sheet.png [--split train|val|test] [--count N]
 
 Contents: 1 files and errors · 2 sequences and splits · 3 the demo world · 4 decoding video ·
-5 black and white · 6 from video to data · 7 looking at the data · 8 the command line
+5 black and white · 6 from video to data · 7 looking and playing · 8 the command line
 """
 
 import argparse
@@ -29,6 +29,7 @@ import base64
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from fractions import Fraction
 from pathlib import Path
 
@@ -866,8 +867,9 @@ def write_video(paths, out, threshold="otsu", crop="center", invert=False, start
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Looking at the data. The first thing to do with any data is to look at it: a bad threshold,
-# a sideways video or a still one shows at once, and would otherwise cost a day of training.
+# 7. Looking and playing. The first thing to do with any data is to look at it: a bad threshold,
+# a sideways video or a still one shows at once, and would otherwise cost a day of training. The
+# same tools draw what a model makes of it: sheets, curves, animations, and a window to play in.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -916,6 +918,131 @@ def arrow(dy, dx, scale=8):
     draw.line([(SIZE / 2, SIZE / 2), tip], fill=1)
     draw.ellipse([tip[0] - 3, tip[1] - 3, tip[0] + 3, tip[1] + 3], fill=1)       # its head
     return np.array(image)
+
+
+def screen():
+    """matplotlib's pyplot, where it can open a window. Raises UserError where it can open none."""
+    try:
+        import matplotlib.pyplot as plt                  # slow to import: only here
+        backend = plt.get_backend().lower()
+    except (ImportError, ValueError) as error:           # a backend that is not there
+        raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
+                        " pip install tornado and set it to WebAgg") from None
+    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
+        raise UserError("there is no display to play on; MPLBACKEND=WebAgg python genie_mini.py"
+                        " play plays in a browser (pip install tornado), --actions 0,1 --out"
+                        " roll.gif saves a GIF")
+    return plt
+
+
+class Window:
+    """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
+
+    In a row under the picture stand the frames that the buttons would lead to: one batch, which
+    shares the past, and only a sketch (one MaskGIT pass instead of ten): it must not slow the game.
+    """
+
+    KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
+    HELP = "arrows, space, digits: press a button   R: restart elsewhere   S: save a GIF   Q: quit"
+
+    def __init__(self, genie, firsts, arrows, generator):
+        """Begin at the first of firsts (n, 64, 64); R goes on to the next.
+
+        arrows: which button "up", "down", "left", "right" and " " press. generator: what is random.
+        """
+        import matplotlib.pyplot as plt
+        self.genie, self.firsts, self.arrows, self.generator = genie, firsts, arrows, generator
+        self.buttons = list(range(genie.config.num_actions))
+        self.keys = {**{str(a): a for a in self.buttons}, **arrows}
+        self.turn, self.close = -1, lambda: plt.close(self.figure)
+        self.figure = plt.figure("genie_mini", figsize=(7, 8))
+        canvas = self.figure.canvas
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)      # S, Q and R are ours
+        canvas.mpl_connect("key_press_event", self.on_key)
+        canvas.mpl_connect("key_release_event", self.on_release)
+        canvas.mpl_connect("close_event", lambda _: self.timer.stop())
+        self.timer = canvas.new_timer(interval=100)      # ms: 10 FPS, as in the video
+        self.timer.add_callback(self.tick)
+        self.restart()
+        self.lay_out()
+        self.timer.start()
+
+    def restart(self):
+        """Begin anew, at the next first frame."""
+        self.turn = (self.turn + 1) % len(self.firsts)
+        self.frame = self.firsts[self.turn].cpu().numpy()               # (64, 64)
+        self.film = deque([np.packbits(self.frame, axis=-1)], maxlen=self.KEEP)
+        self.state = self.genie.start(self.firsts[self.turn])
+        self.pressed, self.held, self.released = deque(maxlen=30), None, False
+        self.last, self.speed, self.note = time.monotonic(), 0.0, ""
+        self.look_ahead()
+
+    def look_ahead(self):
+        """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
+        many = self.state.copies(len(self.buttons))
+        frames, _ = self.genie.step(many, self.buttons, self.generator, passes=1)
+        self.futures = frames.cpu().numpy()
+
+    def tick(self):
+        """One frame on: by the button that is held, or by the one that moves things least."""
+        action = self.arrows[" "] if self.held is None else self.held
+        if self.released:                                # a short tap counts for one frame
+            self.held, self.released = None, False
+        frame, self.state = self.genie.step(self.state, action, self.generator)
+        self.frame = frame[0].cpu().numpy()
+        self.film.append(np.packbits(self.frame, axis=-1))
+        self.pressed.append(action)
+        self.look_ahead()
+        now = time.monotonic()
+        rate = 1 / max(1e-6, now - self.last)
+        self.last, self.speed = now, 0.9 * self.speed + 0.1 * rate if self.speed else rate
+        self.draw()
+
+    def picture(self):
+        """The frame, enlarged to the width of all the futures in a row; and these under it."""
+        n = len(self.buttons)
+        large = np.pad(self.frame.repeat(n, 0).repeat(n, 1) * 255, ((0, 2), (n, n)))
+        return np.concatenate([large, beside(list(self.futures * 255))])
+
+    def lay_out(self):
+        """Make the artists; draw() then only changes what they show."""
+        axes, n = self.figure.add_axes((0.02, 0.13, 0.96, 0.82)), len(self.buttons)
+        axes.set_axis_off()
+        self.image = axes.imshow(self.picture(), cmap="gray", vmin=0, vmax=255)
+        signs = {"up": "↑", "down": "↓", "left": "←", "right": "→", " ": "space"}
+        for a in range(n):
+            names = [str(a)] + [signs[key] for key, action in self.arrows.items() if action == a]
+            axes.text(66 * a + 32, 64 * n + 72, "\n".join(names), ha="center", va="top")
+        self.title = self.figure.text(0.02, 0.96, "")
+        self.history = self.figure.text(0.02, 0.04, "")
+        self.figure.text(0.02, 0.01, self.HELP)
+        self.draw()
+
+    def draw(self):
+        self.image.set_data(self.picture())
+        self.title.set_text(f"{self.speed:.1f} frames a second   {self.note}")
+        self.history.set_text("pressed: " + " ".join(map(str, self.pressed)))
+        self.figure.canvas.draw_idle()
+
+    def on_key(self, event):
+        key = (event.key or "").lower()
+        if key in self.keys:
+            self.held, self.released = self.keys[key], False
+        elif key in ("r", "s", "q"):
+            {"r": self.restart, "s": self.save, "q": self.close}[key]()
+
+    def on_release(self, event):
+        if self.keys.get((event.key or "").lower()) == self.held:
+            self.released = True                         # the next tick still sees it
+
+    def save(self):
+        """Write what was played as dream-1.gif, or the next number that is free."""
+        path = next(p for n in itertools.count(1) if not (p := Path(f"dream-{n}.gif")).exists())
+        try:
+            save_gif(np.unpackbits(np.stack(self.film), axis=-1), path)
+            self.note = f"saved {path}"
+        except (UserError, OSError) as error:            # the dream goes on
+            self.note = f"not saved: {error}"
 
 
 def save_sheet(rows, labels, path, scale=2):

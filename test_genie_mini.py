@@ -2578,8 +2578,8 @@ def window(workspace, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     genie = genie_mini.Genie.load(workspace / "run" / "checkpoint.pt")
     firsts = genie_mini.Sequences(workspace / "walk.npz", "test").frames([0, 2])[:, 0]
-    window = genie_mini.Window(genie, firsts)
-    window.keys.update(up=1, down=2, left=3, right=4)    # an untrained run's are arbitrary
+    arrows = {"up": 1, "down": 2, "left": 3, "right": 4, " ": 0}
+    window = dp.Window(genie, firsts, arrows, genie_mini.seeded(0))
     yield window
     window.close()
 
