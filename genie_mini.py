@@ -123,7 +123,8 @@ class Config:
     tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts (half of a"
                                    " shorter run): k-means++ needs encoder outputs that differ")
     lam_unquantized: int = setting(0, "the same for the latent action model (two thirds of a"
-                                   " shorter run)")
+                                   " shorter run); half of the run is best: by then the latents"
+                                   " name actions, and the cosine has brought the steps down")
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
@@ -153,12 +154,12 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # A 2-core laptop, some 45 minutes: narrow, shallow, with every departure that helps.
+    # A 2-core laptop, some 30 minutes: narrow, shallow, with every departure that helps.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=1500, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=6000, action_noise=0.3, temperature=0.1, neighbour_start=True,
+        lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, neighbour_start=True,
         batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
@@ -1182,7 +1183,7 @@ def troubles(result, stage):
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
                " steps get one code. Early on this is normal; if it lasts, try"
-               " --lam_input diff --lam_pool changed --lam_unquantized 1500")
+               " --lam_input diff --lam_pool changed, and half of the steps for --lam_unquantized")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
