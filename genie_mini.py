@@ -125,8 +125,7 @@ class Config:
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
                                     " (departure: motion is local, so learning is faster)")
-    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1,
-                              high=8192)
+    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1, high=8192)
     commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
     codebook_decay: float = setting(0.99, "moving-average decay of the codebook", high=0.9999)
     dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
@@ -943,9 +942,10 @@ def moments_fit(moments, parameters):
     """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
     return isinstance(moments, dict) and all(
         i in range(len(parameters)) and isinstance(m, dict)
-        and set(m) == {"step", "exp_avg", "exp_avg_sq"} and finite(m.values())
+        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
         and kind(m["step"]) == kind(torch.tensor(0.0))
         and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
+        and finite(m.values())
         for i, m in moments.items())
 
 
@@ -1006,7 +1006,7 @@ def read_checkpoint(path):
                         f" ({type(error).__name__}); train again or use another file") from None
     try:
         checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
-    except UserError as error:
+    except (UserError, ValueError) as error:         # ValueError: a number too long to print
         raise UserError(f"{path} cannot be used: {error}; train again or use another file"
                         ) from None
     return checkpoint
@@ -1168,7 +1168,7 @@ class Trainer:
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
         norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models]
-        self.check_health(sum(numbers.values()), max(norms), picks)
+        self.check_health(sum(numbers.values()), sum(norms), picks)
         self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1783,6 +1783,27 @@ def bench_play(config, device):
             "max_abs_diff": (cached - uncached()).abs().max().item()}
 
 
+def doctor(device):
+    """Is this installation sound? On `device`, in float32, a small tokenizer must draw what it
+    draws on the CPU, and 20 steps must halve its loss on one batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = VideoTokenizer(Config(**PRESETS["smoke"])).eval()
+    frames = torch.from_numpy(data_prep.unpack(data_prep.render_demo(1, 0)[0][:, :4]))
+    expected = tokenizer(frames)[0]                                     # (3, 4, 64, 64)
+    tokenizer, frames, losses = tokenizer.to(device), frames.to(device), []
+    differs = (tokenizer(frames)[0].cpu() - expected).abs().max().item()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
+    for _ in range(20):
+        loss = F.binary_cross_entropy_with_logits(tokenizer(frames)[0], frames.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"ok": losses[-1] < losses[0] / 2 and differs < 0.01, "loss_first": losses[0],
+            "loss_last": losses[-1], "max_abs_diff_cpu": differs}
+
+
 def peak_memory(device):
     """Peak memory so far in GiB, the GPU's or the process's; None where the system does not say."""
     if device.type == "cuda":
@@ -1801,7 +1822,8 @@ def bench(args):
         data_prep.check_output(args.json, (".json",), args.force)
     config = make_config(args)
     device = pick_device(config.device)
-    result = {"train": bench_training(config, device), "play": bench_play(config, device),
+    result = {"doctor": doctor(device),
+              "train": bench_training(config, device), "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),
                           "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
