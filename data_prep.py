@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from collections import Counter, deque
 from fractions import Fraction
 from pathlib import Path
@@ -85,8 +84,11 @@ def check_output(path, suffixes, force):
     if path.exists() and not force:
         raise UserError(f"{path} exists already; choose another name or pass --force to replace it")
     folder = nearest_folder(path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write in {folder}; choose another place")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()      # the one sure way to know is to try
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror}); choose another place"
+                        ) from None
     return path
 
 
@@ -96,65 +98,85 @@ def nearest_folder(path):
 
 
 @contextlib.contextmanager
-def written_whole(path):
-    """Yield an open binary file that becomes `path` if the block succeeds, or else vanishes."""
+def written_whole(path, keep=None):
+    """Yield an open binary file that becomes `path` if the block succeeds, or else vanishes.
+
+    keep: the name to give to the file that was `path` until then; without it, that one is gone.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())     # whole on the disk before it takes the name
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was replaced"
+                        ) from None
     finally:                        # also runs on Ctrl-C; after os.replace there is none to remove
         temporary.unlink(missing_ok=True)
 
 
-def read_array(archive, name, dtype, tail):
-    """Read one array of an open .npz, of shape (S, *tail), after checking its header.
+def check_sizes(archive):
+    """Refuse an open zip whose entries claim more bytes than the file has: a bomb, or damage."""
+    archive.fp.seek(0, os.SEEK_END)
+    if sum(entry.file_size for entry in archive.infolist()) > archive.fp.tell():
+        raise UserError("its entries claim to be larger than the whole file")
+
+
+def open_array(archive, name):
+    """Open one array of an .npz. Returns the file, at the array's first byte, its shape and type.
 
     A damaged or hostile header could claim a petabyte, and np.load would try to reserve it. The
     header is a few bytes of text at the entry's beginning, so it is read and judged on its own.
-    Raises UserError when the array is absent, or its type, shape or length in bytes is wrong.
+    Raises UserError when the array is absent, or not as long in bytes as its header says.
     """
     try:
         entry = archive.getinfo(name + ".npy")
     except KeyError:
         raise UserError(f"it has no array named '{name}'") from None
-    with archive.open(entry) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise UserError(f"'{name}' is in another version of the .npy format")
-        shape, fortran, found = np.lib.format.read_array_header_1_0(file)
-        if found.hasobject or found != np.dtype(dtype) or fortran:
+    file = archive.open(entry)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise UserError(f"'{name}' is in another version of the .npy format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or fortran:
+        raise UserError(f"'{name}' holds {dtype}, or in another order than this program writes")
+    if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
+        raise UserError(f"'{name}' is not as long as its header says")
+    return file, shape, dtype
+
+
+def read_array(archive, name, dtype, tail):
+    """Read one array of an open .npz, of shape (S, *tail). Raises UserError if it is another."""
+    file, shape, found = open_array(archive, name)
+    with file:
+        if found != np.dtype(dtype):
             raise UserError(f"'{name}' holds {found} where {np.dtype(dtype)} is expected")
         if len(shape) != 1 + len(tail) or shape[1:] != tail or not 1 <= shape[0] <= 10_000_000:
             wanted = ", ".join(["S", *map(str, tail)])
             raise UserError(f"'{name}' has shape {shape} where ({wanted}) is expected")
-        count = math.prod(shape) * found.itemsize
-        if entry.file_size != file.tell() + count:
-            raise UserError(f"'{name}' is not as long as its header says")
-        data = bytearray(count)     # filled in place: the array then costs its own size, once
-        if file.readinto(data) != count:
+        data = bytearray(math.prod(shape) * found.itemsize)
+        if file.readinto(data) != len(data):    # in place: the array costs its own size, once
             raise UserError(f"'{name}' ends too early")
     return np.frombuffer(data, found).reshape(shape)
 
 
 def read_meta(archive):
     """Read the JSON text `meta` of an open .npz into a dict. Raises UserError when it is wrong."""
-    try:
-        entry = archive.getinfo("meta.npy")
-    except KeyError:
-        raise UserError("it has no 'meta'") from None
-    if entry.file_size > 1 << 20:
-        raise UserError("its 'meta' is too long")
-    with archive.open(entry) as file:
-        text = np.lib.format.read_array(file, allow_pickle=False)
-    if text.shape != () or text.dtype.kind != "U":
-        raise UserError("its 'meta' is not a text")
-    meta = json.loads(text.item())
+    file, shape, dtype = open_array(archive, "meta")
+    with file:
+        if shape != () or dtype.kind != "U" or dtype.itemsize > 1 << 20:
+            raise UserError("its 'meta' is not a text, or too long")
+        meta = json.loads(str(np.frombuffer(file.read(), dtype)[0]))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise UserError(f"its version is not {VERSION}, the only one this program reads")
+    names = meta.get("action_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("its 'action_names' are not a list of names")
     return meta
 
 
@@ -166,11 +188,11 @@ def opened_dataset(path):
         raise UserError(f"there is no data file {path}; {advice}")
     try:
         with zipfile.ZipFile(path) as archive:
+            check_sizes(archive)
             yield archive, read_meta(archive)
     except UserError as error:
         raise UserError(f"{path} is not a data file of this program: {error}; {advice}") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, MemoryError, RuntimeError,
-            NotImplementedError, SyntaxError, zlib.error) as error:
+    except Exception as error:              # zipfile and NumPy raise many kinds on a damaged file
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{path} is damaged or not an .npz file ({reason}); {advice}") from None
 
@@ -1184,4 +1206,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a path may hold letters that the terminal lacks
     sys.exit(main())

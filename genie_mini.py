@@ -31,13 +31,16 @@ Where this departs from the paper, a named switch in Config says so and why; the
 turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
 """
 
+import copy
 import dataclasses
+import io
 import json
 import math
 import platform
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +65,7 @@ CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
 # project, that is Genie scaled down to 64x64 black-and-white video.
 
 
-def setting(default, why, low=0, high=math.inf, options=None):
+def setting(default, why, low=0, high=2**31 - 1, options=None):
     """A Config field with its reason and its allowed range or options, for --help and checks."""
     return field(default=default, metadata=dict(why=why, low=low, high=high, options=options))
 
@@ -80,18 +83,20 @@ class Config:
                              options=("auto", "float32", "bfloat16"))
     # Video tokenizer (stage 1)
     tok_patch: int = setting(4, "4x4 pixels a patch: 16x16 tokens a frame", low=1)
-    tok_dim: int = setting(256, "model width", low=1)
+    tok_dim: int = setting(256, "model width", low=1, high=8192)
     tok_heads: int = setting(4, "attention heads", low=1)
-    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
+    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1,
+                              high=100)
     tok_time: bool = setting(True, "time attention; without it each frame is tokenized alone"
                              " (departure: a token means the same whatever came before)")
     tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2,
                              high=256)
     # Latent action model (stage 2)
     lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail", low=1)
-    lam_dim: int = setting(256, "model width", low=1)
+    lam_dim: int = setting(256, "model width", low=1, high=8192)
     lam_heads: int = setting(4, "attention heads", low=1)
-    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1)
+    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1,
+                              high=100)
     lam_time: bool = setting(True, "time attention; without it the encoder sees one step, the"
                              " decoder one frame (departure: less to confuse)")
     lam_input: str = setting("frames", "what the encoder sees; diff = the change between frames"
@@ -100,11 +105,13 @@ class Config:
                              " code can then not depend on the place)")
     lam_pool: str = setting("mean", "patches to one action: the mean of all, or of the changed"
                             " (departure: they drown in the rest)", options=("mean", "changed"))
-    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2)
+    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2,
+                               high=256)
     # Dynamics model (stage 2)
-    dyn_dim: int = setting(256, "model width", low=1)
+    dyn_dim: int = setting(256, "model width", low=1, high=8192)
     dyn_heads: int = setting(4, "attention heads", low=1)
-    dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1)
+    dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1,
+                              high=100)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
@@ -116,7 +123,7 @@ class Config:
     # Shared by all models
     neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
                                     " (departure: motion is local, so learning is faster)")
-    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1)
+    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1, high=8192)
     commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
     codebook_decay: float = setting(0.99, "moving-average decay of the codebook", high=0.9999)
     dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
@@ -177,8 +184,7 @@ def check_config(c):
         value, limits = getattr(c, f.name), f.metadata
         if limits["options"] and value not in limits["options"]:
             raise UserError(f"--{f.name} is {value}: choose {', '.join(limits['options'])}")
-        if f.type in (int, float) and not (math.isfinite(value)
-                                           and limits["low"] <= value <= limits["high"]):
+        if f.type in (int, float) and not limits["low"] <= value <= limits["high"]:     # or NaN
             raise UserError(f"--{f.name} is {value}: it must be a number from {limits['low']} to"
                             f" {limits['high']}")
     for part in ("tok", "lam", "dyn"):
@@ -867,9 +873,9 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint = read_checkpoint(path)                              # section 9
+        checkpoint, _ = newest_checkpoint(path)                         # section 9
         genie = Genie(checkpoint["config"])
-        load_weights(genie, checkpoint["model"])
+        genie.load_state_dict(checkpoint["model"])
         genie.trained_on = checkpoint["data"]
         return genie.eval()
 
@@ -910,48 +916,116 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
+def previous(path):
+    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.pt."""
+    return Path(path).with_suffix(".previous.pt")
+
+
 def save_checkpoint(path, contents):
-    """Write to a temporary name, then rename: a crash leaves the old file whole."""
-    with data_prep.written_whole(path) as file:
-        torch.save(contents, file)
+    """Write to a temporary name, then rename, and keep the one before: however a crash or a full
+    disk cuts this short, one of the two is whole."""
+    buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
+    torch.save(contents, buffer)
+    with data_prep.written_whole(path, keep=previous(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def kind(tensor):
+    """What two tensors must share for one to be copied onto the other."""
+    return type(tensor) is torch.Tensor and (tensor.shape, tensor.dtype, tensor.layout)
+
+
+def finite(tensors):
+    """Is every number in them one? (Those on "meta" have none: a hostile file may hold such.)"""
+    return all(not t.is_meta and torch.isfinite(t).all() for t in tensors)
+
+
+def moments_fit(moments, parameters):
+    """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
+    return isinstance(moments, dict) and all(
+        i in range(len(parameters)) and isinstance(m, dict)
+        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
+        and kind(m["step"]) == kind(torch.tensor(0.0))
+        and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
+        and finite(m.values())
+        for i, m in moments.items())
+
+
+def check_contents(checkpoint, size):
+    """Judge what a checkpoint file of `size` bytes holds. Returns its Config. Raises UserError.
+
+    Nothing that the file declares is built or allocated before it is known to be in the file.
+    """
+    types = {"version": int, "config": dict, "data": str, "stage": int, "step": int, "rows": list,
+             "model": dict, "optimizer": (dict, type(None))}
+    if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
+            checkpoint["version"] != VERSION):
+        raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")
+    wrong = [name for name in types if not isinstance(checkpoint.get(name), types[name])]
+    if wrong:
+        raise UserError(f"it is incomplete: {', '.join(wrong)} missing or mistyped")
+    values, types = checkpoint["config"], {f.name: f.type for f in dataclasses.fields(Config)}
+    if set(values) != set(types) or any(type(values[name]) is not types[name] for name in types):
+        raise UserError("its config has missing, unknown or mistyped fields, so another version"
+                        " wrote it")
+    config = Config(**values)
+    check_config(config)
+    with torch.device("meta"):                                          # shapes without memory
+        wanted = Genie(config).state_dict()
+    weights = checkpoint["model"]
+    if sum(t.nbytes for t in wanted.values()) > size or (
+            {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}):
+        raise UserError("its weights do not fit its own config")
+    if not finite(weights.values()):
+        raise UserError("its weights hold NaN or infinity")
+    if not (0 <= checkpoint["stage"] <= len(STAGES) and checkpoint["step"] >= 0 and all(
+            isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
+            and {type(v) for n, v in row.items() if n != "stage"} <= {int, float}
+            for row in checkpoint["rows"])):
+        raise UserError("its position or its log makes no sense")
+    return config
 
 
 def read_checkpoint(path):
     """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
 
-    weights_only: a file from a stranger may hold numbers and text, never code.
+    A file from a stranger may hold numbers and text, never code (weights_only). Sizes and checksums
+    come first, since torch.load looks at neither; mmap keeps it from reading beyond the file, and
+    deepcopy then brings into memory what the file really holds.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
                         " train")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            data_prep.check_sizes(archive)
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
+                                              mmap=True))
     except Exception as error:                       # torch raises many kinds on a damaged file
         raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
                         f" ({type(error).__name__}); train again or use another file") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
-        raise UserError(f"{path} is not a version-{VERSION} checkpoint of genie_mini; train again")
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
-    config = checkpoint.get("config")
-    if not isinstance(config, dict) or set(config) != set(types) or any(
-            type(config[name]) is not types[name] for name in types):
-        raise UserError(f"the config inside {path} has missing, unknown or mistyped fields;"
-                        " it was written by another version: train again")
-    missing = {"data", "stage", "step", "rows", "model", "optimizer"} - set(checkpoint)
-    if missing:
-        raise UserError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}; train again")
-    checkpoint["config"] = Config(**config)
+    try:
+        checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
+    except (UserError, ValueError) as error:         # ValueError: a number too long to print
+        raise UserError(f"{path} cannot be used: {error}; train again or use another file"
+                        ) from None
     return checkpoint
 
 
-def load_weights(module, weights):
-    """load_state_dict that says in one sentence what does not fit, and refuses NaN."""
+def newest_checkpoint(path):
+    """A run's checkpoint, or the one before it where that is damaged or gone; and its path."""
     try:
-        module.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError("the checkpoint's weights do not fit its own config: train again") from None
-    if not all(torch.isfinite(t).all() for t in module.state_dict().values()):
-        raise UserError("the checkpoint's weights hold NaN or infinity: use an earlier one")
+        return read_checkpoint(path), path
+    except UserError as error:
+        try:
+            checkpoint = read_checkpoint(previous(path))
+        except UserError:                                # nothing to fall back on
+            raise error from None
+        data_prep.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
+                       f" {checkpoint['stage'] + 1}, step {checkpoint['step']}")
+        return checkpoint, previous(path)
 
 
 def learning_rate(step, total, c):
@@ -1009,6 +1083,7 @@ def code_use(indices, codes):
 class Trainer:
     """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
+    EXPLODED = 1000.0                                    # no loss is that large and still learning
     COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
                "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
                "val_codes_used", "val_perplexity", "val_dynamics_loss")
@@ -1051,6 +1126,7 @@ class Trainer:
         while self.stage < len(STAGES):
             self.train_stage()
             if self.stop:
+                self.save()
                 return False
             self.enter_stage(self.stage + 1)
             self.save()
@@ -1068,7 +1144,7 @@ class Trainer:
                 row.update(self.validate())
             if validating or self.step % self.c.log_every == 0 or self.step == 5:
                 self.log(row, (time.monotonic() - began) / (self.step - first))
-            if validating or self.stop:
+            if validating:
                 self.save()
 
     def optimizer_step(self):
@@ -1093,10 +1169,8 @@ class Trainer:
             codes.append(chosen)
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
-        if not math.isfinite(sum(numbers.values())):
-            raise UserError(f"the loss is no longer finite at step {self.step + 1} of stage"
-                            f" {STAGES[self.stage]}: train again with a lower --lr")
         norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models]
+        self.check_health(sum(numbers.values()), sum(norms), picks)
         self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1106,6 +1180,17 @@ class Trainer:
             numbers["codes_used"], numbers["perplexity"] = used
         quantizer.update(generator, self.latents)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
+
+    def check_health(self, loss, norm, picks):
+        """Raise UserError, before any weight moves, if this step's numbers have run away.
+
+        A healthy loss is a few nats; NaN fails both comparisons."""
+        if not (loss < self.EXPLODED and norm < math.inf):
+            raise UserError(
+                f"training broke down at step {self.step + 1} of stage {STAGES[self.stage]}: loss"
+                f" {loss:.4g}, gradient norm {norm:.4g}, on the training sequences"
+                f" {', '.join(map(str, picks))}; try a lower --lr, a longer --warmup or --precision"
+                f" float32 with another --out ({self.out} keeps its last good checkpoint)")
 
     @torch.no_grad()
     def latents(self):
@@ -1148,7 +1233,7 @@ class Trainer:
         """One line on the screen; metrics.csv and the curves written anew."""
         self.rows.append(row)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items()
-                            if name not in ("stage", "step", "lr", "grad_norm"))
+                            if name not in ("stage", "step", "lr"))
         print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
               f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
               f"  ETA {seconds_per_step * (self.total - self.step) / 60:.1f} min", flush=True)
@@ -1159,7 +1244,10 @@ class Trainer:
         data_prep.draw_curves(self.rows, self.out / "losses.png")
 
     def save(self):
-        """Write checkpoint.pt: all that a resumed run or play needs."""
+        """Write checkpoint.pt: all that a resumed run or play needs. Raises UserError on NaN."""
+        if not finite(self.genie.state_dict().values()):
+            raise UserError(f"the weights hold NaN or infinity at step {self.step}: not saved;"
+                            f" {self.out} keeps its last good checkpoint; try a lower --lr")
         save_checkpoint(self.out / "checkpoint.pt", {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
             "stage": self.stage, "step": self.step, "rows": self.rows,
@@ -1167,12 +1255,19 @@ class Trainer:
             "optimizer": self.optimizer.state_dict() if self.models else None})
 
     def resume(self, checkpoint):
-        """Take up a run where its checkpoint stands."""
-        load_weights(self.genie, checkpoint["model"])
+        """Take up a run where its checkpoint stands. Raises UserError.
+
+        Of the optimizer it takes the moments; the settings are those of the config.
+        """
+        self.genie.load_state_dict(checkpoint["model"])
         self.enter_stage(checkpoint["stage"])
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
         if self.models:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            moments = (checkpoint["optimizer"] or {}).get("state")
+            if not moments_fit(moments, self.optimizer.param_groups[0]["params"]):
+                raise UserError("the optimizer's state in the checkpoint does not fit its models:"
+                                " train again")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
 def troubles(result, stage):
@@ -1432,10 +1527,13 @@ def parse_actions(text, num_actions):
     try:
         actions = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--actions {text!r}: give whole numbers with commas between, such as"
+        raise UserError(f"--actions {text[:40]!r}: give whole numbers with commas between, such as"
                         " 0,1,1,2") from None
     if not all(0 <= a < num_actions for a in actions):
-        raise UserError(f"--actions {text}: the buttons are 0 to {num_actions - 1}")
+        raise UserError(f"--actions {text[:40]}: the buttons are 0 to {num_actions - 1}")
+    if len(actions) > 3000:
+        raise UserError(f"--actions names {len(actions)} buttons: a GIF of over 3000 frames (five"
+                        " minutes) would fill the memory")
     return actions
 
 
@@ -1574,6 +1672,27 @@ def bench_play(config, device):
             "max_abs_diff": (cached - uncached()).abs().max().item()}
 
 
+def doctor(device):
+    """Is this installation sound? On `device`, in float32, a small tokenizer must draw what it
+    draws on the CPU, and 20 steps must halve its loss on one batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = VideoTokenizer(Config(**PRESETS["smoke"])).eval()
+    frames = torch.from_numpy(data_prep.unpack(data_prep.render_demo(1, 0)[0][:, :4]))
+    expected = tokenizer(frames)[0]                                     # (3, 4, 64, 64)
+    tokenizer, frames, losses = tokenizer.to(device), frames.to(device), []
+    differs = (tokenizer(frames)[0].cpu() - expected).abs().max().item()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
+    for _ in range(20):
+        loss = F.binary_cross_entropy_with_logits(tokenizer(frames)[0], frames.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"ok": losses[-1] < losses[0] / 2 and differs < 0.01, "loss_first": losses[0],
+            "loss_last": losses[-1], "max_abs_diff_cpu": differs}
+
+
 def peak_memory(device):
     """Peak memory so far in GiB, the GPU's or the process's; None where the system does not say."""
     if device.type == "cuda":
@@ -1592,7 +1711,8 @@ def bench(args):
         data_prep.check_output(args.json, (".json",), args.force)
     config = make_config(args)
     device = pick_device(config.device)
-    result = {"train": bench_training(config, device), "play": bench_play(config, device),
+    result = {"doctor": doctor(device),
+              "train": bench_training(config, device), "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),
                           "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
@@ -1665,18 +1785,22 @@ def prepare(args):
     if not args.resume:
         config = make_config(args)
         out = Path(args.out or f"runs/{config.preset}")
-        if (out / "checkpoint.pt").exists():
+        path = out / "checkpoint.pt"
+        if path.exists() or previous(path).exists():
             raise UserError(f"{out} already holds a run: go on with --resume --out {out}, or name"
                             " another --out")
         return Trainer(config, find_data(args.data), out)
     if args.out is None:
         raise UserError("--resume needs --out runs/NAME: which run should go on?")
-    checkpoint = read_checkpoint(checkpoint_path(args.out))
+    path = checkpoint_path(args.out)
+    checkpoint, used = newest_checkpoint(path)
     if given_fields(args):
         raise UserError(f"--{next(iter(given_fields(args)))} cannot be given with --resume: a run"
                         " keeps its config; leave the flag out, or start another run")
     trainer = Trainer(checkpoint["config"], find_data(args.data or checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
+    if used != path and path.exists():                   # or else the next save would keep it in
+        path.replace(path.with_suffix(".damaged.pt"))    # the place of the good one
     return trainer
 
 
@@ -1685,19 +1809,25 @@ def train(args):
     trainer = prepare(args)
     c, out, genie = trainer.c, trainer.out, trainer.genie
     out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob(".*.[0-9]*.tmp"):               # what a killed run was writing
+        half.unlink()
+    if not args.resume:
+        trainer.save()                                   # so that it can be resumed from step 0 on
     print(f"preset {c.preset} on {trainer.device}, data {trainer.data}, run in {out}\nparameters: "
           + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
                       for name, part in genie.named_children())
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
+    before = {number: signal.signal(number, lambda caught, _: setattr(trainer, "stop", caught))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         finished = trainer.run()
-    finally:
-        signal.signal(signal.SIGINT, before)             # from here on Ctrl-C just ends it
+    finally:                                             # from here on Ctrl-C just ends it
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if not finished:
-        print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
-        return 130
+        print(f'stopped and saved; go on with: python genie_mini.py train --resume --out "{out}"')
+        return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
@@ -1776,16 +1906,23 @@ def build_parser():
 
 
 def main(argv=None):
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0, 2 for a mistake of the user's or a lack of disk
+    or memory, 130 when interrupted (143 by SIGTERM)."""
     try:
         args = build_parser().parse(argv)
         return args.function(args) or 0
     except (UserError, OSError) as error:                # OSError: a full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:         # torch's own kind is a RuntimeError
+        if isinstance(error, RuntimeError) and "ried to allocate" not in str(error):
+            raise
+        print("error: out of memory; try a smaller --micro_batch or --preset", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a path may hold letters that the terminal lacks
     sys.exit(main())

@@ -22,6 +22,7 @@ import inspect
 import io
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -32,6 +33,7 @@ import sys
 import tracemalloc
 import types
 import wave
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -443,6 +445,33 @@ def test_damage_in_the_middle_is_skipped(tmp_path, capsys):
     assert "warning" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size, codec", [((1, 1), "ffv1"), ((32, 7680), "libx264")])
+def test_odd_sizes(tmp_path, size, codec):
+    """Failing means that a very small or a very wide picture is refused, or comes out wrong."""
+    pictures = [np.full(size, 255 * (i % 2), np.uint8) for i in range(8)]
+    video = encode(tmp_path / "v.mkv", pictures, range(8), 1, codec, Fraction(1, 1000))
+    assert dp.main(["video", str(video), "-o", str(tmp_path / "v.npz")]) == 0
+    frames = dp.unpack(dp.load_split(tmp_path / "v.npz", "train")["bits"])
+    assert frames[0, 0].max() == 0 and frames[0, 11].min() == 1         # at 0 s and at 1.1 s
+
+
+def test_a_raw_stream_without_times(tmp_path):
+    """Failing means that a raw stream, which holds no time stamps, is refused, or does not run at
+    the 25 FPS that FFmpeg takes it to have."""
+    numbered_video(tmp_path / "raw.h264", steady(25, 7), 25)
+    assert dp.main(["video", str(tmp_path / "raw.h264"), "-o", str(tmp_path / "raw.npz")]) == 0
+    for start, numbers in numbers_by_split(tmp_path / "raw.npz").values():
+        assert (numbers == (start[:, None] + 3 * np.arange(16)) * 25 // 30).all()
+
+
+def test_times_may_begin_anywhere():
+    """Failing means that a file which begins before 0, as after a cut, is put on a wrong clock."""
+    for begin in (-2, 0, 7):
+        timed = [(begin + Fraction(k, 30), Fraction(1, 30), k) for k in range(5)]
+        shown = list(dp.frames_on_clock(timed, 0, None))
+        assert shown == [(k, k + 1, k) for k in range(5)]
+
+
 def test_blank_result_warns(tmp_path, capsys):
     """Failing means that someone may train for a day on an all-black video unwarned."""
     video = encode(tmp_path / "v.mp4", [np.zeros((64, 64), np.uint8)] * 180, steady(30, 6))
@@ -453,10 +482,17 @@ def test_blank_result_warns(tmp_path, capsys):
 # --- the user's mistakes ---------------------------------------------------------------------
 
 
-def make_inputs(folder):
+@pytest.fixture(scope="module")
+def wrong_inputs(tmp_path_factory):
     """Files that are wrong in various ways, and one good short video."""
+    folder = tmp_path_factory.mktemp("inputs")
     numbered_video(folder / "good.mp4", steady(30, 6))
     numbered_video(folder / "short.mp4", steady(30, 4))
+    numbered_video(folder / "one.mp4", steady(30, 1 / 30))
+    with av.open(str(folder / "none.avi"), "w") as container:          # a header, and no frame
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width = stream.height = 64
+        container.start_encoding()
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("this is no video\n" * 50, encoding="utf-8")
     (folder / "cut.mp4").write_bytes((folder / "good.mp4").read_bytes()[:2000])
@@ -465,6 +501,7 @@ def make_inputs(folder):
         sound.writeframes(bytes(16000))
     (folder / "there.npz").write_bytes(b"precious")
     (folder / "folder.npz").mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -474,6 +511,16 @@ def make_inputs(folder):
     ("video cut.mp4 -o out.npz", "cannot read"),
     ("video sound.wav -o out.npz", "no picture"),
     ("video short.mp4 -o out.npz", "4.8 s"),
+    ("video one.mp4 -o out.npz", "4.8 s"),
+    ("video none.avi -o out.npz", "no frame"),
+    ("video . -o out.npz", "there is no file"),
+    ("video good.mp4 missing.mp4 -o out.npz", "there is no file"),
+    ("video -o out.npz", "required"),
+    ("video good.mp4", "required"),
+    ("video good.mp4 -o out.npz --start late", "--start"),
+    ("video good.mp4 -o out.npz --threshold -1", "--threshold"),
+    ("video good.mp4 -o out", "must end in .npz"),
+    ("video good.mp4 -o /proc/out.npz", "cannot write in /proc"),
     ("video good.mp4 -o out.npz --start 3 --end 3", "--end must be later"),
     ("video good.mp4 -o out.npz --start -1", "negative"),
     ("video good.mp4 -o out.npz --start 60", "after --start 60"),
@@ -490,16 +537,26 @@ def make_inputs(folder):
     ("demo -o out.npz --minutes nan", "--minutes"),
     ("demo -o out.npz --minutes 0.05", "--minutes"),
     ("demo -o out.npz --seed -1", "--seed"),
+    ("demo -o out.npz --seed 1.5", "--seed"),
+    ("demo -o out.npz --minutes 1e9", "--minutes"),
+    ("demo -o good.mp4/x/y/out.npz", "cannot write in"),
     ("preview missing.npz -o out.png", "there is no data file"),
     ("preview there.npz -o out.png", "not an .npz"),
     ("preview there.npz -o out.jpg", ".png or .gif"),
+    ("preview folder.npz -o out.png", "there is no data file"),
+    ("preview good.mp4 -o out.png", "not an .npz"),
+    ("preview there.npz -o out.png --count 0", "--count"),
+    ("preview there.npz -o out.png --split all", "--split"),
     ("render -o out.npz", "invalid choice"),
     ("", "required"),
 ])
-def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys, arguments, expected):
+def test_mistakes_get_one_sentence(wrong_inputs, tmp_path, monkeypatch, capsys, arguments,
+                                   expected):
     """Failing means that a user's mistake ends in a traceback, a wrong status, or debris."""
+    if "/proc" in arguments and not Path("/proc").is_dir():
+        pytest.skip("no folder here that nobody may write in")
+    shutil.copytree(wrong_inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    make_inputs(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert dp.main(arguments.split()) == 2
     err = capsys.readouterr().err.strip()
@@ -516,6 +573,17 @@ def test_status_and_stderr_of_the_program(tmp_path):
                          cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+def test_paths_may_hold_spaces_and_accents(tmp_path):
+    """Failing means that a folder's name, or a terminal that cannot show it, stops the program."""
+    out = tmp_path / "my réseau" / "日本.npz"
+    run = subprocess.run(
+        [sys.executable, dp.__file__, "demo", "--minutes", "0.1", "-o", str(out)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == "" and "wrote" in run.stdout
+    assert dp.main(["preview", str(out), "-o", str(out.with_suffix(".png"))]) == 0
+    assert len(list(out.parent.iterdir())) == 2
 
 
 def test_force_replaces(tmp_path):
@@ -577,24 +645,35 @@ def damaged(arrays, kind):
         arrays["meta"] = np.array(json.dumps({"version": 0}))
     elif kind == "meta":
         arrays["meta"] = np.array("not json")
+    elif kind == "meta number":
+        arrays["meta"] = np.array(1)
+    elif kind == "nested":
+        arrays["meta"] = np.array("[" * 100_000)
+    elif kind == "names":
+        arrays["meta"] = np.array(json.dumps({"version": 1, "action_names": 5}))
     elif kind == "no rows":
         arrays["train"] = arrays["train"][:0]
 
 
 @pytest.mark.parametrize("kind", ["type", "shape", "pickled", "absent", "lengths", "action",
-                                  "version", "meta", "no rows", "cut", "flipped", "huge"])
+                                  "version", "meta", "meta number", "nested", "names", "no rows",
+                                  "cut", "flipped", "huge", "bomb"])
 def test_malformed_data_file(tmp_path, kind):
     """Failing means that a wrong file is trained on, or that it ends in a traceback.
 
-    'huge' claims thousands of sequences that are not there: memory must not be set aside for it.
+    'huge' claims thousands of sequences that are not there, and 'bomb' has them, as zeros that were
+    compressed a thousandfold: memory must not be set aside for either.
     """
     path = tmp_path / "demo.npz"
     dp.write_demo(path, minutes=0.1)
     with np.load(path, allow_pickle=False) as data:
         arrays = dict(data)
     damaged(arrays, kind)
-    np.savez(path, **arrays)
+    if kind == "bomb":
+        arrays["train"] = np.zeros((5000, 16, 64, 8), np.uint8)         # 40 MB
+    (np.savez_compressed if kind == "bomb" else np.savez)(path, **arrays)
     content = bytearray(path.read_bytes())
+    arrays.clear()
     if kind == "cut":
         content = content[:len(content) // 2]
     elif kind == "flipped":
@@ -612,6 +691,38 @@ def test_malformed_data_file(tmp_path, kind):
     tracemalloc.stop()
     assert peak < 20e6, "memory was set aside before the header was checked"
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def fuzzed(data, rng):
+    """Bytes with bits flipped, cut off, or a piece of them copied elsewhere."""
+    data, how = bytearray(data), rng.integers(3)
+    at, other = rng.integers(len(data), size=2)
+    if how == 0:
+        for i in rng.integers(len(data), size=rng.integers(1, 5)):
+            data[i] ^= 1 << rng.integers(8)
+    elif how == 1:
+        del data[at:]
+    else:
+        piece = data[other:other + rng.integers(1, 100)]
+        data[at:at + rng.integers(2) * len(piece)] = piece
+    return bytes(data)
+
+
+def test_fuzzed_data_files(tmp_path, cases=150):
+    """Failing means that a damaged data file ends in a traceback, or is read as another one."""
+    path, rng = tmp_path / "demo.npz", np.random.default_rng(0)
+    dp.write_demo(path, minutes=0.1)
+    data, whole, refused = path.read_bytes(), dp.load_split(path, "val"), 0
+    for _ in range(cases):
+        path.write_bytes(fuzzed(data, rng))
+        try:
+            loaded = dp.load_split(path, "val")
+        except dp.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert all((loaded[name] == whole[name]).all() for name in whole)
+    assert refused > cases / 4
 
 
 # --- looking ---------------------------------------------------------------------------------
@@ -1703,11 +1814,13 @@ class Killed(Exception):
     """Stands in for a power cut."""
 
 
+TINY_RUN = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1, maskgit_steps=2,
+                lam_roll=True, min_lr=1e-4)
+
+
 def run_of(gm, data, out, interrupt=None, how="stop"):
     """Train a tiny run, interrupted at (stage, step) and then resumed. Returns its results."""
-    changes = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1,
-                   maskgit_steps=2, lam_roll=True, min_lr=1e-4)
-    trainer = tiny_trainer(gm, data, out, **changes)
+    trainer = tiny_trainer(gm, data, out, **TINY_RUN)
     one_step = trainer.optimizer_step
 
     def interrupted_step():
@@ -1725,7 +1838,7 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
     assert finished == (interrupt is None)
     if not finished:
         checkpoint = gm.read_checkpoint(out / "checkpoint.pt")
-        trainer = tiny_trainer(gm, data, out, **changes)
+        trainer = tiny_trainer(gm, data, out, **TINY_RUN)
         trainer.resume(checkpoint)
         assert trainer.run()
     return torch.load(out / "checkpoint.pt"), (out / "metrics.csv").read_text(encoding="utf-8")
@@ -1755,6 +1868,60 @@ def test_resume_is_exact(demo_file, tmp_path, whole_run, monkeypatch, stage, ste
     assert log == other_log and log.count("\n") == 1 + 2 * 4            # steps 2, 4, 5 and 6
 
 
+KILLED = """
+import os, sys
+import genie_mini, test_genie_mini
+from pathlib import Path
+left, rename = int(sys.argv[2]), os.replace
+
+def deadly(source, target):
+    global left
+    left -= Path(target).name == sys.argv[1]
+    if left == 0:
+        if Path(source).suffix == ".tmp":
+            os.truncate(source, 1000)                   # it had got that far
+        os._exit(9)                                     # as SIGKILL does: nothing is tidied up
+    rename(source, target)
+
+os.replace, test_genie_mini.dp.draw_curves = deadly, lambda *_: None
+test_genie_mini.run_of(genie_mini, sys.argv[3], Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("name, call", [("checkpoint.previous.pt", 1), ("checkpoint.pt", 3),
+                                        ("checkpoint.previous.pt", 4)])
+def test_a_killed_run_goes_on_exactly(demo_file, tmp_path, whole_run, monkeypatch, name, call,
+                                      gm=genie_mini):
+    """Failing means that a run which is killed while it writes a checkpoint is lost, or ends
+    elsewhere. Killed while it writes its second; between the two stages, when the old one has been
+    moved and the new one has not yet its name; and at the end of the second stage."""
+    monkeypatch.setattr(dp, "draw_curves", lambda *_: None)
+    out = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", KILLED, name, str(call), demo_file, out],
+                            cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    checkpoint, used = gm.newest_checkpoint(out / "checkpoint.pt")
+    assert (used == out / "checkpoint.pt") == (name != "checkpoint.pt")
+    trainer = tiny_trainer(gm, demo_file, out, **TINY_RUN)
+    trainer.resume(checkpoint)
+    assert trainer.run()
+    whole, log = whole_run
+    again = gm.read_checkpoint(out / "checkpoint.pt")
+    assert all((whole["model"][n] == again["model"][n]).all() for n in whole["model"])
+    assert (out / "metrics.csv").read_text(encoding="utf-8") == log
+
+
+def test_the_same_seed_gives_the_same_weights(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that a run cannot be repeated, or that its seed changes nothing."""
+    made = []
+    for seed in (1, 1, 2):
+        trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, seed=seed)
+        for trainer.step in range(3):
+            trainer.optimizer_step()
+        made.append(torch.cat([t.float().flatten() for t in weights_of(trainer.genie).values()]))
+    assert (made[0] == made[1]).all() and (made[0] != made[2]).any()
+
+
 def test_training_leaves_the_global_generator_alone(demo_file, tmp_path, gm=genie_mini):
     """Failing means that a run depends on, or disturbs, random numbers drawn elsewhere."""
     torch.manual_seed(1)
@@ -1768,12 +1935,25 @@ def test_training_leaves_the_global_generator_alone(demo_file, tmp_path, gm=geni
 
 
 def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
-    """Failing means that a run goes on for hours after its loss has become NaN."""
+    """Failing means that a run goes on for hours after its loss or its gradient has run away, or
+    that weights which are no numbers take the place of good ones."""
     trainer = tiny_trainer(gm, demo_file, tmp_path)
+    trainer.save()
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    for loss, norm in ((math.nan, 1.0), (2000.0, 1.0), (1.0, math.inf), (1.0, math.nan)):
+        with pytest.raises(gm.UserError, match="broke down at step 1 of stage tokenizer"):
+            trainer.check_health(loss, norm, [3, 4])
+    before = weights_of(trainer.genie)
     with torch.no_grad():
         trainer.genie.tokenizer.embed.weight.fill_(math.nan)
-    with pytest.raises(gm.UserError, match="no longer finite at step 1 of stage tokenizer"):
+    with pytest.raises(gm.UserError, match=r"loss nan, .* sequences (\d+, ){7}\d+;"):
         trainer.optimizer_step()
+    after = weights_of(trainer.genie)
+    assert all((before[n] == after[n]).all() for n in before if n != "tokenizer.embed.weight")
+    with pytest.raises(gm.UserError, match="not saved"):
+        trainer.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 
 # --- presets --------------------------------------------------------------------------------
@@ -2048,14 +2228,56 @@ def spoil(contents, kind, folder):
         weights["dynamics.to_logits.weight"][0, 0] = math.nan
     elif kind == "no weights":
         del contents["model"]
+    elif kind == "ten million wide":
+        config["tok_dim"] = 10_000_000
+    elif kind == "a million layers":
+        config["dyn_layers"] = 1_000_000
+    elif kind == "number too long":
+        config["lr"], config["batch"] = 1e-3, 10 ** 400
+    elif kind == "spread thin":                       # a gigabyte in shape, one number in the file
+        config["tok_dim"] = config["lam_dim"] = config["dyn_dim"] = 4096
+        with torch.device("meta"):
+            wanted = genie_mini.Genie(genie_mini.Config(**config)).state_dict()
+        contents["model"] = {name: torch.zeros((), dtype=t.dtype).expand(t.shape)
+                             for name, t in wanted.items()}
+    elif kind == "on meta":
+        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].to("meta")
+    elif kind == "other type":
+        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].double()
+    elif kind == "names for weights":
+        contents["model"] = dict.fromkeys(weights, "a name")
+    elif kind == "rows":
+        contents["rows"] = [{"stage": "world", "step": "last"}]
+    elif kind == "position":
+        contents["step"] = -1
+    elif kind == "version tensor":
+        contents["version"] = torch.ones(2)
     elif kind == "payload":
         contents["rows"] = Payload(folder / "it was run")
+
+
+def rewrite(path, kind):
+    """Pack a checkpoint anew: compressed a thousandfold, or with one storage said to be longer."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    if kind == "bomb":
+        entries["more"] = bytes(20_000_000)
+    else:
+        name, = [name for name in entries if name.endswith("data.pkl")]
+        short, long = b"K\x80", b"J" + (10 ** 9).to_bytes(4, "little")   # pickle's 128, and 1e9
+        assert short in entries[name]
+        entries[name] = entries[name].replace(short, long)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "bomb" else 0) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
 
 
 @pytest.mark.parametrize("kind", [
     "version", "unknown field", "missing field", "mistyped field", "impossible field",
     "other sizes", "weight missing", "NaN", "no weights", "payload", "cut", "flipped", "text",
-    "empty", "pickle", "list", "absent", "folder"])
+    "empty", "pickle", "list", "absent", "folder", "ten million wide", "a million layers",
+    "number too long", "spread thin", "on meta", "other type", "names for weights", "rows",
+    "position", "version tensor", "bit", "bomb", "beyond the file"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
     """Failing means that a damaged or hostile file is used, runs code, or ends in a traceback."""
@@ -2065,6 +2287,13 @@ def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
     spoil(contents, kind, tmp_path)
     torch.save([1] if kind == "list" else contents, path)
     data = path.read_bytes()
+    if kind == "bit":                                                   # in the middle of a weight
+        with zipfile.ZipFile(path) as archive:
+            entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+        at = data.index(entry.filename.encode()) + len(entry.filename) + 100
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    elif kind in ("bomb", "beyond the file"):
+        rewrite(path, kind)
     if kind == "cut":
         path.write_bytes(data[:len(data) // 2])
     elif kind == "text":
@@ -2105,6 +2334,72 @@ def test_saving_is_all_or_nothing(tmp_path, gm=genie_mini):
     with pytest.raises(Exception):
         gm.save_checkpoint(path, {"a": torch.zeros(9), "b": lambda: "cannot be pickled"})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, gm=genie_mini):
+    """Failing means that a save which finds no room spoils what was saved before, or ends in a
+    traceback. The room is taken away by a limit on the size of files."""
+    resource = pytest.importorskip("resource")                          # not on Windows
+    path = tmp_path / "checkpoint.pt"
+    for i in range(2):
+        gm.save_checkpoint(path, {"a": torch.full((3,), i)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(gm.UserError, match="cannot write .*checkpoint.pt: File too large"):
+            gm.save_checkpoint(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [gm.previous(path), path]
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.update({0: {"step": 1}}), lambda state: state.update({99: state[0]}),
+    lambda state: state[0].update(exp_avg=torch.zeros(3)),
+    lambda state: state[0]["exp_avg"].fill_(math.nan), lambda state: state.update({"a": state[0]})])
+def test_a_wrong_optimizer_state_is_refused(demo_file, tmp_path, change, gm=genie_mini):
+    """Failing means that a checkpoint's optimizer state, which may be anyone's, is used unseen."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path)
+    trainer.optimizer_step()
+    trainer.save()
+    checkpoint = gm.read_checkpoint(tmp_path / "checkpoint.pt")
+    trainer.resume(checkpoint)
+    change(checkpoint["optimizer"]["state"])
+    with pytest.raises(gm.UserError, match="does not fit"):
+        trainer.resume(checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
+    """Failing means that a damaged checkpoint ends in a traceback, or is read as another one; or
+    that a Config of random values does."""
+    path, rng, contents = tmp_path / "checkpoint.pt", np.random.default_rng(0), good_checkpoint(gm)
+    gm.save_checkpoint(path, contents)
+    data, refused = path.read_bytes(), 0
+    for _ in range(cases):
+        path.write_bytes(fuzzed(data, rng))
+        try:
+            weights = gm.read_checkpoint(path)["model"]
+        except gm.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert all((weights[name] == t).all() for name, t in contents["model"].items())
+    assert refused > cases / 2
+    names, refused = list(contents["config"]), 0
+    strange = [0, -1, 3, 2 ** 40, 10 ** 400, 0.5, -0.0, 1e308, math.inf, math.nan, True, None, "",
+               "cpu", "diff", [], {}, b"a", torch.ones(2)]
+    for _ in range(4 * cases):
+        config = dict(contents["config"])
+        for name in rng.choice(names, rng.integers(1, 4)):
+            config[str(name)] = strange[rng.integers(len(strange))]
+        try:
+            gm.check_contents({**contents, "config": config}, len(data))
+        except gm.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 3 * cases
 
 
 # --- planted bugs ---------------------------------------------------------------------------
@@ -2327,8 +2622,8 @@ BUGS = [
     ("rolled unasked", "* c.lam_roll", "", test_lam_roll, {}),
     ("loss over the masked tokens of a micro-batch", 'reduction="sum")\n        rate',
      'reduction="mean") * 144\n        rate', test_micro_batches_equal_one_big_batch, {"stage": 1}),
-    ("optimizer forgotten on resuming", 'self.optimizer.load_state_dict(checkpoint["optimizer"])',
-     "pass", test_resume_is_exact, {"stage": 0, "step": 3, "how": "stop"}),
+    ("optimizer forgotten on resuming", '{**self.optimizer.state_dict(), "state": moments}',
+     "self.optimizer.state_dict()", test_resume_is_exact, {"stage": 0, "step": 3, "how": "stop"}),
     ("batches start anew on resuming", 'self.step, self.rows = checkpoint["step"],',
      "self.step, self.rows = 0,", test_resume_is_exact, {"stage": 1, "step": 1, "how": "stop"}),
     ("log forgotten on resuming", 'checkpoint["step"], checkpoint["rows"]',
@@ -2351,12 +2646,25 @@ BUGS = [
      "x[:, :actions.shape[1]]) for k",
      test_evaluation_of_a_perfect_world, {}),
     ("checkpoints may run code", "weights_only=True", "weights_only=False", test_bad_checkpoint,
-     {"kind": "pickle"}),
+     {"kind": "payload"}),
     ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
      test_bad_checkpoint, {"kind": "NaN"}),
+    ("a checkpoint's weights not compared", "{n: kind(t) for n, t in wanted.items()} !=",
+     "None ==", test_bad_checkpoint, {"kind": "other type"}),
+    ("a checkpoint may claim a model larger than itself",
+     "sum(t.nbytes for t in wanted.values()) > size", "False", test_bad_checkpoint,
+     {"kind": "spread thin"}),
+    ("checksums not looked at", "if archive.testzip():", "if False:", test_bad_checkpoint,
+     {"kind": "bit"}),
+    ("zip bombs let in", "data_prep.check_sizes(archive)", "pass", test_bad_checkpoint,
+     {"kind": "bomb"}),
     ("checkpoint written in place",
-     "with data_prep.written_whole(path) as file:\n        torch.save",
-     'with open(path, "wb") as file:\n        torch.save', test_saving_is_all_or_nothing, {}),
+     "with data_prep.written_whole(path, keep=previous(path)) as file:",
+     'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
+    ("a run-away loss goes on", "loss < self.EXPLODED and norm < math.inf", "norm < math.inf",
+     test_diverging_training_says_so, {}),
+    ("NaN saved over good weights", "if not finite(self.genie.state_dict().values()):",
+     "if False:", test_diverging_training_says_so, {}),
 ]
 
 
@@ -2467,8 +2775,8 @@ def check_evaluation(path):
 def test_train_leaves_a_whole_run(workspace):
     """Failing means that training from a video does not end with all that the README promises."""
     run = workspace / "run"
-    expected = {"checkpoint.pt", "metrics.csv", "losses.png", "reconstruction.png", "rollout.png",
-                "buttons.png", "eval.json"}
+    expected = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.csv", "losses.png",
+                "reconstruction.png", "rollout.png", "buttons.png", "eval.json"}
     assert {path.name for path in run.iterdir()} == expected
     for name in expected:
         if name.endswith(".png"):
@@ -2722,6 +3030,57 @@ def test_resume_command(workspace, tmp_path, capsys):
     assert "tokenizer 1/6" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys, number, status):
+    """Failing means that Ctrl-C or SIGTERM loses a step, or that a run whose newest checkpoint was
+    then damaged cannot be taken up, from the one before, to end as if nothing had happened. The
+    folder's name has a space and an accent."""
+    folder, step = tmp_path / "my réseau", genie_mini.Trainer.optimizer_step
+    out, data = folder / "a run", folder / "walk.npz"
+    folder.mkdir()
+    shutil.copy(workspace / "walk.npz", data)
+
+    def interrupted(trainer):
+        if (trainer.stage, trainer.step) == (1, 2):
+            signal.raise_signal(number)
+        return step(trainer)
+
+    monkeypatch.setattr(genie_mini.Trainer, "optimizer_step", interrupted)
+    monkeypatch.setattr(genie_mini, "evaluate", lambda *_: {})          # slow, and tested elsewhere
+    monkeypatch.setattr(genie_mini, "draw_buttons", lambda *_: None)
+    assert genie_mini.main(["train", "--preset", "smoke", "--data", str(data), *TRAIN_STEPS,
+                            "--out", str(out)]) == status
+    assert f'--resume --out "{out}"' in capsys.readouterr().out
+    stopped = genie_mini.read_checkpoint(out / "checkpoint.pt")
+    assert (stopped["stage"], stopped["step"]) == (1, 3), "the step was finished, and saved"
+    newest = out / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    genie_mini.Genie.load(newest)
+    monkeypatch.setattr(genie_mini.Trainer, "optimizer_step", step)
+    assert genie_mini.main(["train", "--resume", "--out", str(out)]) == 0
+    assert capsys.readouterr().err.count("Taking the one before it") == 2
+    assert newest.with_suffix(".damaged.pt").stat().st_size == 5000
+    ends = [genie_mini.read_checkpoint(run / "checkpoint.pt")["model"]
+            for run in (out, workspace / "run")]
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
+    assert (out / "metrics.csv").read_bytes() == (workspace / "run/metrics.csv").read_bytes()
+
+
+def test_lack_of_memory_is_told_in_one_sentence(monkeypatch, capsys):
+    """Failing means that too large a batch ends in a traceback, or that a bug of ours does not."""
+    for message, told in (("CUDA out of memory. Tried to allocate 2 GiB", True),
+                          ("can't allocate memory: you tried to allocate 9 bytes", True),
+                          ("an illegal memory access was encountered", False)):
+        def fail(args):
+            raise RuntimeError(message)
+        monkeypatch.setattr(genie_mini, "bench", fail)
+        if told:
+            assert genie_mini.main(["bench"]) == 2 and "micro_batch" in capsys.readouterr().err
+        else:
+            with pytest.raises(RuntimeError):
+                genie_mini.main(["bench"])
+
+
 def test_training_gives_ctrl_c_back(workspace, tmp_path):
     """Failing means that after training in a notebook, Ctrl-C no longer works there."""
     before = signal.getsignal(signal.SIGINT)
@@ -2780,7 +3139,8 @@ def test_bench_command(tmp_path):
     out = tmp_path / "bench.json"
     assert genie_mini.main(["bench", "--preset", "smoke", "--json", str(out)]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert set(result) == {"train", "play", "memory", "machine"}
+    assert set(result) == {"doctor", "train", "play", "memory", "machine"}
+    assert result["doctor"]["ok"] and result["doctor"]["max_abs_diff_cpu"] < 0.01
     for stage in ("tokenizer", "world"):
         assert set(result["train"][stage]) == {"sequences_per_s", "mfu"}
         assert result["train"][stage]["sequences_per_s"] > 0
@@ -2846,6 +3206,22 @@ def test_bench_command(tmp_path):
     ("play --run RUN --actions 1.5", "whole numbers"),
     ("play --run RUN --actions=", "whole numbers"),
     ("play --run RUN --actions 8 --out new/roll.gif", "0 to 7"),
+    ("play --run RUN --actions 1_0", "0 to 7"),
+    ("play --run RUN --actions " + "0," * 3000 + "0", "3001 buttons"),
+    ("play --run RUN --actions " + "9" * 5000, "whole numbers"),
+    ("play --run RUN --actions 0 --out .", "is a directory"),
+    ("play --run RUN --actions 0 --out text.npz/a.gif", "cannot write in"),
+    ("play --run half --actions 0", "no checkpoint"),
+    ("play --run cut --actions 0", "is damaged"),
+    ("train --resume --out half", "no checkpoint"),
+    ("train --resume --out cut", "is damaged"),
+    ("train --data D --preset smoke --out cut", "already holds a run"),
+    ("train --data D --preset smoke --out text.npz/run", "text.npz"),
+    ("train --data D --preset smoke --tok_dim 10000000", "--tok_dim"),
+    ("train --data D --preset smoke --dyn_layers 1000000", "--dyn_layers"),
+    ("train --data D --preset smoke --batch 1" + "0" * 400, "--batch"),
+    ("eval --run RUN --split test --data text.npz", "text.npz"),
+    ("eval --run RUN --json .", "is a directory"),
     ("play --run RUN --actions 0 --out roll.mp4", ".gif"),
     ("play --run RUN --actions 0 --out there.gif", "--force"),
     ("play --run RUN --actions 0 --start 99", "--start 99"),
@@ -2865,6 +3241,10 @@ def test_model_mistakes_get_one_sentence(workspace, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.npz").write_text("no data", encoding="utf-8")
     (tmp_path / "there.gif").write_bytes(b"precious")
+    for name in ("half", "cut"):                                        # runs that were cut short
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("stage,step\n", encoding="utf-8")
+    (tmp_path / "cut" / "checkpoint.pt").write_bytes(b"PK")
     before, run = sorted(tmp_path.rglob("*")), workspace / "run" / "metrics.csv"
     log = run.read_bytes()
     names = {"D": str(workspace / "walk.npz"), "RUN": str(workspace / "run")}
