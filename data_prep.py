@@ -868,6 +868,9 @@ def write_video(paths, out, threshold="otsu", crop="center", invert=False, start
         raise UserError("--start must not be negative")
     if end is not None and end <= start:
         raise UserError("--end must be later than --start")
+    for path in paths:                      # all of them, before an hour goes into the first
+        with opened_video(path):
+            pass
     windows, sources, offsets, ticks = [], [], {}, 0
     with tempfile.TemporaryFile(dir=nearest_folder(out)) as spool:    # vanishes when closed
         for path in paths:

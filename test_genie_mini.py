@@ -560,7 +560,8 @@ def test_mistakes_get_one_sentence(wrong_inputs, tmp_path, monkeypatch, capsys, 
     before = sorted(tmp_path.rglob("*"))
     assert dp.main(arguments.split()) == 2
     err = capsys.readouterr().err.strip()
-    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    errors = [line for line in err.splitlines()         # slow machines see a progress line, too
+              if not line.startswith("warning: ") and not line.endswith(" s left")]
     assert len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0], err
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "there.npz").read_bytes() == b"precious"
@@ -2248,6 +2249,8 @@ def spoil(contents, kind, folder):
         contents["model"] = dict.fromkeys(weights, "a name")
     elif kind == "rows":
         contents["rows"] = [{"stage": "world", "step": "last"}]
+    elif kind == "beyond the file":
+        contents["more"] = torch.ones(200)
     elif kind == "position":
         contents["step"] = -1
     elif kind == "version tensor":
@@ -2257,19 +2260,19 @@ def spoil(contents, kind, folder):
 
 
 def rewrite(path, kind):
-    """Pack a checkpoint anew: compressed a thousandfold, or with one storage said to be longer."""
+    """Pack a checkpoint anew: compressed a thousandfold, or with a tensor said to be longer."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled, = [name for name in entries if name.endswith("data.pkl")]
     if kind == "bomb":
-        entries["more"] = bytes(20_000_000)
+        entries[pickled] += bytes(20_000_000)
     else:
-        name, = [name for name in entries if name.endswith("data.pkl")]
-        short, long = b"K\x80", b"J" + (10 ** 9).to_bytes(4, "little")   # pickle's 128, and 1e9
-        assert short in entries[name]
-        entries[name] = entries[name].replace(short, long)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "bomb" else 0) as archive:
+        short, long = b"K\xc8", b"J" + (10 ** 9).to_bytes(4, "little")   # pickle's 200, and 1e9
+        assert short in entries[pickled]
+        entries[pickled] = entries[pickled].replace(short, long)
+    with zipfile.ZipFile(path, "w") as archive:
         for name, data in entries.items():
-            archive.writestr(name, data)
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if name == pickled else None)
 
 
 @pytest.mark.parametrize("kind", [
@@ -2289,7 +2292,8 @@ def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
     data = path.read_bytes()
     if kind == "bit":                                                   # in the middle of a weight
         with zipfile.ZipFile(path) as archive:
-            entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+            entry = max((e for e in archive.infolist() if "/data/" in e.filename),
+                        key=lambda entry: entry.file_size)
         at = data.index(entry.filename.encode()) + len(entry.filename) + 100
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
     elif kind in ("bomb", "beyond the file"):
@@ -2346,12 +2350,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, gm=genie_mini):
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(gm.UserError, match="cannot write .*checkpoint.pt: File too large"):
+        with pytest.raises(Exception) as caught:
             gm.save_checkpoint(path, {"a": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [gm.previous(path), path]
+    assert caught.type is gm.UserError and "File too large" in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [
