@@ -20,12 +20,13 @@ Shape key, everywhere the same:
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
 Contents
-     1  Config and presets            7  Dynamics model (MaskGIT)
-     2  Data                          8  Genie: the three joined, and played
-     3  ST-attention, ST-transformer  9  Training, stages 1 and 2
-     4  Vector quantizer             10  Evaluation
-     5  Video tokenizer              11  Play
-     6  Latent action model          12  Bench      13  Command line
+     1  Config and presets               8  Genie: the three joined, and played
+     2  Data                             9  Training, stages 1 and 2
+     3  ST-attention, ST-transformer    10  Evaluation
+     4  Vector quantizer                11  Play
+     5  Video tokenizer                 12  Bench
+     6  Latent action model             13  Checkpoint files
+     7  Dynamics model (MaskGIT)        14  Command line
 
 Where this departs from the paper, a named switch in Config says so and why; the `full` preset
 turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
@@ -873,7 +874,7 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint, _ = newest_checkpoint(path)                         # section 9
+        checkpoint, _ = newest_checkpoint(path)                         # section 13
         genie = Genie(checkpoint["config"])
         genie.load_state_dict(checkpoint["model"])
         genie.trained_on = checkpoint["data"]
@@ -914,118 +915,6 @@ def autocast(precision, device):
             "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()}
     wanted = fast.get(device.type, False) if precision == "auto" else precision == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def previous(path):
-    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.pt."""
-    return Path(path).with_suffix(".previous.pt")
-
-
-def save_checkpoint(path, contents):
-    """Write to a temporary name, then rename, and keep the one before: however a crash or a full
-    disk cuts this short, one of the two is whole."""
-    buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
-    torch.save(contents, buffer)
-    with data_prep.written_whole(path, keep=previous(path)) as file:
-        file.write(buffer.getbuffer())
-
-
-def kind(tensor):
-    """What two tensors must share for one to be copied onto the other."""
-    return type(tensor) is torch.Tensor and (tensor.shape, tensor.dtype, tensor.layout)
-
-
-def finite(tensors):
-    """Is every number in them one? (Those on "meta" have none: a hostile file may hold such.)"""
-    return all(not t.is_meta and torch.isfinite(t).all() for t in tensors)
-
-
-def moments_fit(moments, parameters):
-    """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
-    return isinstance(moments, dict) and all(
-        i in range(len(parameters)) and isinstance(m, dict)
-        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
-        and kind(m["step"]) == kind(torch.tensor(0.0))
-        and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
-        and finite(m.values())
-        for i, m in moments.items())
-
-
-def check_contents(checkpoint, size):
-    """Judge what a checkpoint file of `size` bytes holds. Returns its Config. Raises UserError.
-
-    Nothing that the file declares is built or allocated before it is known to be in the file.
-    """
-    types = {"version": int, "config": dict, "data": str, "stage": int, "step": int, "rows": list,
-             "model": dict, "optimizer": (dict, type(None))}
-    if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
-            checkpoint["version"] != VERSION):
-        raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")
-    wrong = [name for name in types if not isinstance(checkpoint.get(name), types[name])]
-    if wrong:
-        raise UserError(f"it is incomplete: {', '.join(wrong)} missing or mistyped")
-    values, types = checkpoint["config"], {f.name: f.type for f in dataclasses.fields(Config)}
-    if set(values) != set(types) or any(type(values[name]) is not types[name] for name in types):
-        raise UserError("its config has missing, unknown or mistyped fields, so another version"
-                        " wrote it")
-    config = Config(**values)
-    check_config(config)
-    with torch.device("meta"):                                          # shapes without memory
-        wanted = Genie(config).state_dict()
-    weights = checkpoint["model"]
-    if sum(t.nbytes for t in wanted.values()) > size or (
-            {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}):
-        raise UserError("its weights do not fit its own config")
-    if not finite(weights.values()):
-        raise UserError("its weights hold NaN or infinity")
-    if not (0 <= checkpoint["stage"] <= len(STAGES) and checkpoint["step"] >= 0 and all(
-            isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
-            and {type(v) for n, v in row.items() if n != "stage"} <= {int, float}
-            for row in checkpoint["rows"])):
-        raise UserError("its position or its log makes no sense")
-    return config
-
-
-def read_checkpoint(path):
-    """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
-
-    A file from a stranger may hold numbers and text, never code (weights_only). Sizes and checksums
-    come first, since torch.load looks at neither; mmap keeps it from reading beyond the file, and
-    deepcopy then brings into memory what the file really holds.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
-                        " train")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data_prep.check_sizes(archive)
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
-                                              mmap=True))
-    except Exception as error:                       # torch raises many kinds on a damaged file
-        raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
-                        f" ({type(error).__name__}); train again or use another file") from None
-    try:
-        checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
-    except (UserError, ValueError) as error:         # ValueError: a number too long to print
-        raise UserError(f"{path} cannot be used: {error}; train again or use another file"
-                        ) from None
-    return checkpoint
-
-
-def newest_checkpoint(path):
-    """A run's checkpoint, or the one before it where that is damaged or gone; and its path."""
-    try:
-        return read_checkpoint(path), path
-    except UserError as error:
-        try:
-            checkpoint = read_checkpoint(previous(path))
-        except UserError:                                # nothing to fall back on
-            raise error from None
-        data_prep.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
-                       f" {checkpoint['stage'] + 1}, step {checkpoint['step']}")
-        return checkpoint, previous(path)
 
 
 def learning_rate(step, total, c):
@@ -1725,7 +1614,128 @@ def bench(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13  Command line
+# 13  Checkpoint files
+#
+# Problem: a crash, or a full disk, can come while a checkpoint is written; and a file that somebody
+# sends you can claim anything. So two checkpoints are kept, each written under another name first,
+# and what is read is weighed before it is used. Nothing in this section learns.
+
+
+def previous(path):
+    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.pt."""
+    return Path(path).with_suffix(".previous.pt")
+
+
+def save_checkpoint(path, contents):
+    """Write to a temporary name, then rename, and keep the one before: however a crash or a full
+    disk cuts this short, one of the two is whole."""
+    buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
+    torch.save(contents, buffer)
+    with data_prep.written_whole(path, keep=previous(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def kind(tensor):
+    """What two tensors must share for one to be copied onto the other (of any precision)."""
+    return type(tensor) is torch.Tensor and (tensor.shape, tensor.is_floating_point(),
+                                             tensor.layout)
+
+
+def finite(tensors):
+    """Is every number in them one? (Those on "meta" have none: a hostile file may hold such.)"""
+    return all(not t.is_meta and torch.isfinite(t).all() for t in tensors)
+
+
+def moments_fit(moments, parameters):
+    """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
+    return isinstance(moments, dict) and all(
+        i in range(len(parameters)) and isinstance(m, dict)
+        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
+        and kind(m["step"]) == kind(torch.tensor(0.0))
+        and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
+        and finite(m.values())
+        for i, m in moments.items())
+
+
+def check_contents(checkpoint, size):
+    """Judge what a checkpoint file of `size` bytes holds. Returns its Config. Raises UserError.
+
+    Nothing that the file declares is built or allocated before it is known to be in the file.
+    """
+    types = {"version": int, "config": dict, "data": str, "stage": int, "step": int, "rows": list,
+             "model": dict, "optimizer": (dict, type(None))}
+    if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
+            checkpoint["version"] != VERSION):
+        raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")
+    wrong = [name for name in types if not isinstance(checkpoint.get(name), types[name])]
+    if wrong:
+        raise UserError(f"it is incomplete: {', '.join(wrong)} missing or mistyped")
+    values, types = checkpoint["config"], {f.name: f.type for f in dataclasses.fields(Config)}
+    if set(values) != set(types) or any(type(values[name]) is not types[name] for name in types):
+        raise UserError("its config has missing, unknown or mistyped fields, so another version"
+                        " wrote it")
+    config = Config(**values)
+    check_config(config)
+    with torch.device("meta"):                                          # shapes without memory
+        wanted = Genie(config).state_dict()
+    weights = checkpoint["model"]
+    if sum(t.nbytes for t in wanted.values()) > 2 * size or (           # it may hold half floats
+            {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}):
+        raise UserError("its weights do not fit its own config")
+    if not finite(weights.values()):
+        raise UserError("its weights hold NaN or infinity")
+    if not (0 <= checkpoint["stage"] <= len(STAGES) and checkpoint["step"] >= 0 and all(
+            isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
+            and {type(v) for n, v in row.items() if n != "stage"} <= {int, float}
+            for row in checkpoint["rows"])):
+        raise UserError("its position or its log makes no sense")
+    return config
+
+
+def read_checkpoint(path):
+    """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
+
+    A file from a stranger may hold numbers and text, never code (weights_only). Sizes and checksums
+    come first, since torch.load looks at neither; mmap keeps it from reading beyond the file, and
+    deepcopy then brings into memory what the file really holds.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
+                        " train")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data_prep.check_sizes(archive)
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
+                                              mmap=True))
+    except Exception as error:                       # torch raises many kinds on a damaged file
+        raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
+                        f" ({type(error).__name__}); train again or use another file") from None
+    try:
+        checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
+    except (UserError, ValueError) as error:         # ValueError: a number too long to print
+        raise UserError(f"{path} cannot be used: {error}; train again or use another file"
+                        ) from None
+    return checkpoint
+
+
+def newest_checkpoint(path):
+    """A run's checkpoint, or the one before it where that is damaged or gone; and its path."""
+    try:
+        return read_checkpoint(path), path
+    except UserError as error:
+        try:
+            checkpoint = read_checkpoint(previous(path))
+        except UserError:                                # nothing to fall back on
+            raise error from None
+        data_prep.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
+                       f" {checkpoint['stage'] + 1}, step {checkpoint['step']}")
+        return checkpoint, previous(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# 14  Command line
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
