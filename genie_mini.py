@@ -31,20 +31,24 @@ Where this departs from the paper, a named switch in Config says so and why; the
 turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
 """
 
+import atexit
 import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -194,8 +198,6 @@ def check_config(c):
     if not c.lam_time and c.lam_input == "frames":
         raise UserError("--lam_time false needs --lam_input diff: an encoder that sees one frame at"
                         " a time cannot tell what changed")
-    if c.batch % min(c.batch, c.micro_batch):
-        raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,7 +319,11 @@ class SpatialAttention(nn.Module):
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (BT, h, N, e)
         q, k = rotate(q, self.angles), rotate(k, self.angles)
-        y = F.scaled_dot_product_attention(q, k, v)                     # (BT, h, N, e)
+        if fused_pays(q):                                               # section 9
+            y = F.scaled_dot_product_attention(q, k, v)                 # (BT, h, N, e)
+        else:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)  # (BT, h, N, N)
+            y = scores.softmax(-1).to(v.dtype) @ v                      # (BT, h, N, e)
         return self.out(y.transpose(1, 2).reshape(B, T, N, D))
 
 
@@ -347,7 +353,10 @@ class TemporalAttention(nn.Module):
         times = torch.arange(now, now + T, device=x.device)
         angles = rotary_angles(times, e // 2)                           # (T, e/2)
         q, k = rotate(q, angles), rotate(k, angles)                     # (B, N, h, T, e)
-        # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
+        if past is None and fused_pays(q):                              # section 9
+            flat = [x.flatten(0, 1) for x in (q, k, v)]                 # each (BN, h, T, e)
+            y = F.scaled_dot_product_attention(*flat, is_causal=True).view_as(q)
+            return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
         scores = q @ k.transpose(-1, -2)                                # (B, N, h, T, T)
         if past is not None:
             scores = torch.cat([q @ past[0].transpose(-1, -2), scores], dim=-1)  # T_past + T wide
@@ -506,16 +515,20 @@ class VectorQuantizer(nn.Module):
         self.steps += 1
         if not self.started:
             if self.steps >= self.unquantized:
-                self.start(self.some(z if more is None else more(), generator), generator)
+                z = gather_over_ranks(z) if more is None else more()
+                self.start(self.some(z, generator), generator)
             return
         chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
-        self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
-        self.ema_sum.mul_(self.decay).add_(chosen.T @ z, alpha=1 - self.decay)
-        moved = chosen.sum(0) > 0                                       # (K,)
+        count, total = chosen.sum(0), chosen.T @ z                      # (K,), (K, L)
+        sum_over_ranks([count, total])                                  # of the whole batch
+        self.ema_count.mul_(self.decay).add_(count, alpha=1 - self.decay)
+        self.ema_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
+        moved = count > 0                                               # (K,)
         self.codebook[moved] = self.ema_sum[moved] / self.ema_count[moved, None]
         self.idle.add_(1)[moved] = 0
         dead = (self.idle >= self.dead_after).nonzero()[:, 0]
-        self.reseed(self.some(z, generator), dead, generator)
+        if len(dead):
+            self.reseed(self.some(gather_over_ranks(z), generator), dead, generator)
 
     @staticmethod
     def some(z, generator, most=4096):
@@ -885,6 +898,11 @@ class Genie(nn.Module):
 STAGES = ("tokenizer", "world")
 
 
+# What the device is good at, in one place: these five functions choose precision and kernels.
+
+ATTENTION = "auto"              # or "fused", or "written out": bench compares them
+
+
 def pick_device(name):
     """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -893,19 +911,92 @@ def pick_device(name):
         name = next(n for n, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
+    if name == "cuda":                                   # what stays float32 may use TF32 there
+        torch.set_float32_matmul_precision("high")
     return torch.device(name)
 
 
-def autocast(precision, device):
-    """A context in which matrix products run in bfloat16, where asked for or where it pays.
+def compute_dtype(precision, device):
+    """bfloat16 where asked for or where it pays: GPUs since Ampere, and CPUs with AMX tiles.
 
-    It pays on GPUs that have it and on CPUs with AMX tiles. With AVX512-BF16 alone we measured
-    the LAM's training step at half the speed of float32.
+    With AVX512-BF16 alone we measured the LAM's training step at half the speed of float32.
     """
-    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()}
-    wanted = fast.get(device.type, False) if precision == "auto" else precision == "bfloat16"
+    fast = {"cuda": lambda: torch.cuda.get_device_capability() >= (8, 0),
+            "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)}
+    pays = precision == "auto" and fast.get(device.type, lambda: False)()
+    return torch.bfloat16 if pays or precision == "bfloat16" else torch.float32
+
+
+def autocast(precision, device):
+    """A context in which matrix products run in compute_dtype. The quantizers leave it."""
+    wanted = compute_dtype(precision, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def fused_pays(q):
+    """Is PyTorch's fused attention the faster one for queries q (..., S, e)?
+
+    It never writes the S x S table to memory. On a GPU that always pays. On a CPU we measured it
+    ahead for the 256 x 256 of space in float32; for the 16 x 16 of time, or in bfloat16, it was
+    slower than attention written out (16 x 16 in bfloat16, with its backward pass: 16 times).
+    """
+    if ATTENTION != "auto":
+        return ATTENTION == "fused"
+    return q.device.type == "cuda" or (q.shape[-2] > 64 and q.dtype == torch.float32)
+
+
+def make_optimizer(parameters, c):
+    """AdamW; fused where it can be: one pass over the weights, not ten."""
+    settings = dict(weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
+    try:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    except RuntimeError:                                 # not for this device in this PyTorch
+        return torch.optim.AdamW(parameters, **settings)
+
+
+# Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
+# ("ranks"). Each takes its slice of the batch; summed over the ranks, gradients and codebook
+# statistics are those of the whole batch, so that all ranks take the same step, and it is the step
+# that one process would have taken. Without torchrun none of this does anything.
+
+
+def join_ranks():
+    """Meet the other ranks, if torchrun started us. Rank 0 alone speaks."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def ranks():
+    """(which process this is, how many there are): (0, 1) without torchrun."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_ranks(tensors):
+    """Put into each tensor its sum over all ranks, in a single message."""
+    if ranks()[1] > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def gather_over_ranks(t):
+    """t (M, ...) of every rank, joined in their order, which is that of the batch."""
+    parts = [torch.empty_like(t) for _ in range(ranks()[1])]
+    if len(parts) > 1:
+        dist.all_gather(parts, t)
+        return torch.cat(parts)
+    return t
 
 
 def save_checkpoint(path, contents):
@@ -1012,13 +1103,16 @@ class Trainer:
                "val_codes_used", "val_perplexity", "val_dynamics_loss")
 
     def __init__(self, config, data, out):
+        if config.batch % ranks()[1]:
+            raise UserError(f"--batch {config.batch} cannot be cut into {ranks()[1]} equal slices:"
+                            " choose a multiple of the number of processes")
         self.c, self.data, self.out = config, str(data), Path(out)
         self.device = pick_device(config.device)
         self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
-        self.rows, self.stop = [], False                 # logged rows; asked to stop?
+        self.rows, self.stop = [], False                 # logged rows; was this rank asked to stop?
         self.enter_stage(0)
 
     def enter_stage(self, stage):
@@ -1028,9 +1122,7 @@ class Trainer:
         self.models = ([genie.tokenizer], [genie.lam, genie.dynamics], [])[stage]
         self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
         parameters = [p for model in self.models for p in model.parameters()]
-        self.optimizer = parameters and torch.optim.AdamW(
-            parameters, weight_decay=self.c.weight_decay, betas=(self.c.beta1, self.c.beta2),
-            fused=True)                                  # one pass over the weights, not ten
+        self.optimizer = parameters and make_optimizer(parameters, self.c)
         if stage == 1:
             self.tokens = self.tokenize()
 
@@ -1047,50 +1139,74 @@ class Trainer:
     def run(self):
         """Train from wherever the run stands to its end. Returns False if asked to stop."""
         while self.stage < len(STAGES):
-            self.train_stage()
-            if self.stop:
+            if self.train_stage():
                 return False
             self.enter_stage(self.stage + 1)
-            self.save()
+            if ranks()[0] == 0:
+                self.save()
         return True
 
     def train_stage(self):
-        """The loop of one stage: step, log, now and then validate and save."""
-        began, first = time.monotonic(), self.step
-        while self.step < self.total and not self.stop:
+        """The loop of one stage: step, log, now and then validate and save. True if stopped."""
+        began, first, stop = time.monotonic(), self.step, self.all_stop()
+        while self.step < self.total and not stop:
             row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
             self.step += 1
+            stop = self.all_stop()
+            if ranks()[0] > 0:
+                continue                                 # rank 0 validates, logs and saves
             last = self.step == self.total
             validating = self.step % self.c.val_every == 0 or last
             if validating:
                 row.update(self.validate())
             if validating or self.step % self.c.log_every == 0 or self.step == 5:
                 self.log(row, (time.monotonic() - began) / (self.step - first))
-            if validating or self.stop:
+            if validating or stop:
                 self.save()
+        return stop
 
-    def optimizer_step(self):
-        """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
-        c = self.c
-        for model in self.models:
-            model.train()
+    def all_stop(self):
+        """Was any rank asked to stop? All stop after the same step, or some would wait forever."""
+        asked = torch.tensor(float(self.stop), device=self.device)
+        sum_over_ranks([asked])
+        return bool(asked)
+
+    def micro_batches(self, generator):
+        """What this step learns from: a list of micro-batches, each a tuple of tensors.
+
+        With many ranks this one's slice of the batch. All of them draw what is random for the whole
+        batch, so that neither ranks nor micro-batches change any of it.
+        """
+        c, (rank, count) = self.c, ranks()
         length = (c.tok_frames, c.dyn_frames)[self.stage]
         picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
         inputs = [self.train_set.frames(picks, first, length)]
-        generator = seeded(c.seed, self.stage, self.step, 2)
         if self.stage == 1:
             tokens = self.tokens[picks, first:first + length].long()    # (B, T, N)
             inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
+        share = c.batch // count
+        mine = slice(rank * share, (rank + 1) * share)
+        return list(zip(*(whole[mine].split(c.micro_batch) for whole in inputs)))
+
+    def optimizer_step(self):
+        """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
+        c, quantizer = self.c, self.models[0].quantizer  # the tokenizer's, or the LAM's
+        for model in self.models:
+            model.train()
+        generator = seeded(c.seed, self.stage, self.step, 2)
         losses = (tokenizer_losses, world_losses)[self.stage]
-        numbers, codes, size = {}, [], min(c.micro_batch, c.batch)
-        parts = list(zip(*(whole.split(size) for whole in inputs)))
-        for part in parts:
+        numbers, codes = {}, []
+        for part in self.micro_batches(generator):
             with autocast(c.precision, self.device):
                 loss, logged, chosen = losses(self.genie, *(t.to(self.device) for t in part))
-            (loss / len(parts)).backward()
+            share = len(chosen) / c.batch
+            (loss * share).backward()
             codes.append(chosen)
             for name, value in logged.items():
-                numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
+                numbers[name] = numbers.get(name, 0.0) + value.detach() * share
+        gradients = [p.grad for m in self.models for p in m.parameters()]
+        sum_over_ranks(gradients + list(numbers.values()))
+        numbers = {name: value.item() for name, value in numbers.items()}
         if not math.isfinite(sum(numbers.values())):
             raise UserError(f"the loss is no longer finite at step {self.step + 1} of stage"
                             f" {STAGES[self.stage]}: train again with a lower --lr")
@@ -1098,10 +1214,9 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        quantizer = self.models[0].quantizer             # the tokenizer's, or the LAM's
         if quantizer.started:
-            used = code_use(torch.cat(codes), len(quantizer.codebook))
-            numbers["codes_used"], numbers["perplexity"] = used
+            codes = gather_over_ranks(torch.cat(codes))
+            numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         quantizer.update(generator, self.latents)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
@@ -1112,7 +1227,10 @@ class Trainer:
         encode = self.models[0].eval().encode
         some = spread(self.train_set, 256)
         z, = over_batches(self.genie, self.train_set, some, lambda x, _: (encode(x)[0],))
-        return z.flatten(0, -2).to(self.device)
+        z = z.flatten(0, -2).to(self.device)
+        if ranks()[1] > 1:
+            dist.broadcast(z, 0)                         # all start on the very same vectors
+        return z
 
     @torch.no_grad()
     def validate(self):
@@ -1745,10 +1863,12 @@ def load_run(args):
 
 def find_data(data):
     """The data file named, or the demo world, which is rendered if need be."""
-    path = Path(data or DEMO_DATA)
-    if path == DEMO_DATA and not path.exists():
+    path, (rank, count) = Path(data or DEMO_DATA), ranks()
+    if rank == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
+    if count > 1:
+        dist.barrier()                                   # until rank 0 has rendered it
     return path
 
 
@@ -1793,6 +1913,7 @@ def prepare(args):
 
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
+    join_ranks()
     trainer = prepare(args)
     c, out, genie = trainer.c, trainer.out, trainer.genie
     out.mkdir(parents=True, exist_ok=True)
@@ -1804,11 +1925,15 @@ def train(args):
     before = signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
     try:
         finished = trainer.run()
+        if ranks()[1] > 1:
+            dist.barrier()                               # torchrun ends all when the first one ends
     finally:
         signal.signal(signal.SIGINT, before)             # from here on Ctrl-C just ends it
     if not finished:
         print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
         return 130
+    if ranks()[0] > 0:
+        return 0
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
