@@ -946,6 +946,21 @@ def draw_curves(rows, path):
         figure.savefig(file, dpi=100, format="png")
 
 
+def draw_growth(growth, path):
+    """Draw what bench_growth of genie_mini.py measured (PNG): a column a size, a row a cost."""
+    from matplotlib.figure import Figure                                # slow to import: only here
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for column, (size, kinds) in zip(figure.subplots(3, 3).T, growth.items()):
+        for kind, points in kinds.items():
+            xs, *costs = zip(*points)
+            for axes, ys, label in zip(column, costs, ("FLOPs", "bytes kept", "seconds")):
+                axes.loglog(xs, ys, "o-", label=kind)
+                axes.set(xlabel=size, ylabel=label)
+        column[0].legend()
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
 def write_preview(data, out, split="train", count=8, force=False):
     """Draw sequences spread evenly over a split: the `preview` command. .png or .gif."""
     out = check_output(out, (".png", ".gif"), force)

@@ -32,7 +32,9 @@ turns every such switch off. README's "How this differs from Genie" lists them, 
 """
 
 import atexit
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -40,6 +42,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -134,7 +137,8 @@ class Config:
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
-    micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same", low=1)
+    micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
+                               " gradient is the same")
     tok_frames: int = setting(16, "frames of each sequence that stage 1 sees", low=1, high=CLIP)
     dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees, so the memory of play"
                               " plus one (departure: given much past, it guesses the action from"
@@ -898,9 +902,10 @@ class Genie(nn.Module):
 STAGES = ("tokenizer", "world")
 
 
-# What the device is good at, in one place: these five functions choose precision and kernels.
+# What the device is good at, all in one place: precision, kernels, memory.
 
 ATTENTION = "auto"              # or "fused", or "written out": bench compares them
+MEMORY_BUDGET = 8 * 2 ** 30     # bytes for micro_batch auto without CUDA: half of a 16 GB laptop
 
 
 def pick_device(name):
@@ -945,6 +950,19 @@ def fused_pays(q):
     return q.device.type == "cuda" or (q.shape[-2] > 64 and q.dtype == torch.float32)
 
 
+def saved_bytes(work):
+    """Bytes that autograd keeps between work() and its backward pass: what a larger batch costs."""
+    kept = {}                                            # by address: many tensors are views
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        work()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def make_optimizer(parameters, c):
     """AdamW; fused where it can be: one pass over the weights, not ten."""
     settings = dict(weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
@@ -959,9 +977,12 @@ def make_optimizer(parameters, c):
 # statistics are those of the whole batch, so that all ranks take the same step, and it is the step
 # that one process would have taken. Without torchrun none of this does anything.
 
+RANK, RANKS = 0, 1              # which process this is, and of how many
+
 
 def join_ranks():
-    """Meet the other ranks, if torchrun started us. Rank 0 alone speaks."""
+    """Meet the other ranks, if torchrun started us. From then on rank 0 alone speaks."""
+    global RANK, RANKS
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
     backend = "gloo"
@@ -970,20 +991,14 @@ def join_ranks():
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
     atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
+    RANK, RANKS = dist.get_rank(), dist.get_world_size()
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-
-
-def ranks():
-    """(which process this is, how many there are): (0, 1) without torchrun."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def sum_over_ranks(tensors):
     """Put into each tensor its sum over all ranks, in a single message."""
-    if ranks()[1] > 1:
+    if RANKS > 1:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -992,11 +1007,11 @@ def sum_over_ranks(tensors):
 
 def gather_over_ranks(t):
     """t (M, ...) of every rank, joined in their order, which is that of the batch."""
-    parts = [torch.empty_like(t) for _ in range(ranks()[1])]
-    if len(parts) > 1:
-        dist.all_gather(parts, t)
-        return torch.cat(parts)
-    return t
+    if RANKS == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(RANKS)]
+    dist.all_gather(parts, t)
+    return torch.cat(parts)
 
 
 def save_checkpoint(path, contents):
@@ -1103,8 +1118,8 @@ class Trainer:
                "val_codes_used", "val_perplexity", "val_dynamics_loss")
 
     def __init__(self, config, data, out):
-        if config.batch % ranks()[1]:
-            raise UserError(f"--batch {config.batch} cannot be cut into {ranks()[1]} equal slices:"
+        if config.batch % RANKS:
+            raise UserError(f"--batch {config.batch} cannot be cut into {RANKS} equal slices:"
                             " choose a multiple of the number of processes")
         self.c, self.data, self.out = config, str(data), Path(out)
         self.device = pick_device(config.device)
@@ -1123,8 +1138,11 @@ class Trainer:
         self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
         parameters = [p for model in self.models for p in model.parameters()]
         self.optimizer = parameters and make_optimizer(parameters, self.c)
+        self.losses = (tokenizer_losses, world_losses, None)[stage]
         if stage == 1:
             self.tokens = self.tokenize()
+        if self.models:
+            self.micro = self.c.micro_batch or self.fitting_micro_batch()
 
     @torch.no_grad()
     def tokenize(self):
@@ -1142,7 +1160,7 @@ class Trainer:
             if self.train_stage():
                 return False
             self.enter_stage(self.stage + 1)
-            if ranks()[0] == 0:
+            if RANK == 0:
                 self.save()
         return True
 
@@ -1153,7 +1171,7 @@ class Trainer:
             row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
             self.step += 1
             stop = self.all_stop()
-            if ranks()[0] > 0:
+            if RANK > 0:
                 continue                                 # rank 0 validates, logs and saves
             last = self.step == self.total
             validating = self.step % self.c.val_every == 0 or last
@@ -1167,6 +1185,8 @@ class Trainer:
 
     def all_stop(self):
         """Was any rank asked to stop? All stop after the same step, or some would wait forever."""
+        if RANKS == 1:
+            return self.stop
         asked = torch.tensor(float(self.stop), device=self.device)
         sum_over_ranks([asked])
         return bool(asked)
@@ -1177,35 +1197,52 @@ class Trainer:
         With many ranks this one's slice of the batch. All of them draw what is random for the whole
         batch, so that neither ranks nor micro-batches change any of it.
         """
-        c, (rank, count) = self.c, ranks()
+        c, share = self.c, self.c.batch // RANKS
         length = (c.tok_frames, c.dyn_frames)[self.stage]
         picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
         inputs = [self.train_set.frames(picks, first, length)]
         if self.stage == 1:
             tokens = self.tokens[picks, first:first + length].long()    # (B, T, N)
             inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
-        share = c.batch // count
-        mine = slice(rank * share, (rank + 1) * share)
-        return list(zip(*(whole[mine].split(c.micro_batch) for whole in inputs)))
+        mine = slice(RANK * share, (RANK + 1) * share)
+        return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
+
+    def forward(self, part):
+        """The losses of one micro-batch, in the precision that suits the device."""
+        with autocast(self.c.precision, self.device):
+            return self.losses(self.genie, *(t.to(self.device) for t in part))
+
+    def fitting_micro_batch(self):
+        """As large a micro-batch as fits, in parts as even as can be; measured on one sequence.
+
+        A quarter is added to what autograd keeps, for what comes and goes.
+        """
+        self.micro, free = 1, MEMORY_BUDGET
+        part = self.micro_batches(seeded(0))[0]
+        need = 1.25 * saved_bytes(lambda: self.forward(part))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+        share = self.c.batch // RANKS
+        size = math.ceil(share / math.ceil(share * need / free))
+        print(f"micro-batches of {size} sequences, {need / 2 ** 30:.2f} GiB each", flush=True)
+        return size
 
     def optimizer_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
         c, quantizer = self.c, self.models[0].quantizer  # the tokenizer's, or the LAM's
         for model in self.models:
             model.train()
-        generator = seeded(c.seed, self.stage, self.step, 2)
-        losses = (tokenizer_losses, world_losses)[self.stage]
-        numbers, codes = {}, []
+        generator, numbers, codes = seeded(c.seed, self.stage, self.step, 2), {}, []
         for part in self.micro_batches(generator):
-            with autocast(c.precision, self.device):
-                loss, logged, chosen = losses(self.genie, *(t.to(self.device) for t in part))
+            loss, logged, chosen = self.forward(part)
             share = len(chosen) / c.batch
             (loss * share).backward()
             codes.append(chosen)
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.detach() * share
-        gradients = [p.grad for m in self.models for p in m.parameters()]
-        sum_over_ranks(gradients + list(numbers.values()))
+        sum_over_ranks([p.grad for m in self.models for p in m.parameters()]
+                       + list(numbers.values()))
         numbers = {name: value.item() for name, value in numbers.items()}
         if not math.isfinite(sum(numbers.values())):
             raise UserError(f"the loss is no longer finite at step {self.step + 1} of stage"
@@ -1228,7 +1265,7 @@ class Trainer:
         some = spread(self.train_set, 256)
         z, = over_batches(self.genie, self.train_set, some, lambda x, _: (encode(x)[0],))
         z = z.flatten(0, -2).to(self.device)
-        if ranks()[1] > 1:
+        if RANKS > 1:
             dist.broadcast(z, 0)                         # all start on the very same vectors
         return z
 
@@ -1726,54 +1763,94 @@ def play(args):
 # --------------------------------------------------------------------------------------------------
 # 12  Bench
 #
-# Problem: "fast" means little across machines. So bench first measures what this machine can do at
-# all (a large matrix product), and then gives each speed as a share of that, or as a ratio of two
-# ways measured side by side.
+# Problem: "fast" means little across machines. So bench also measures what this machine can do at
+# all (a large matrix product), and gives each speed as a share of that, or as a ratio of two ways
+# measured side by side. Float operations are counted, not timed: that is exact, and free of noise.
 
 
-def median_seconds(work, repeats=5):
-    """Median time of work(), after one run to warm up."""
-    times = []
+def timed(*works, repeats=5):
+    """Seconds (repeats, works) of each work(), after a round to warm up.
+
+    They take turns, so that whatever else the machine does slows all of them alike.
+    """
+    rows = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+        rows.append([])
+        for work in works:
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elif torch.backends.mps.is_available():
+                torch.mps.synchronize()
+            rows[-1].append(time.perf_counter() - began)
+    return np.array(rows[1:])
 
 
-def gemm_peak(device, n=2048):
-    """Float operations a second of a large float32 matrix product here."""
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    return 2 * n ** 3 / median_seconds(lambda: a @ b)
+def with_attention(kind, work):
+    """work(), with ATTENTION set to `kind` meanwhile."""
+    global ATTENTION
+    before, ATTENTION = ATTENTION, kind
+    try:
+        return work()
+    finally:
+        ATTENTION = before
+
+
+def count_flops(work):
+    """Float operations of work(). Written out, since the counter overlooks fused CPU attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        with_attention("written out", work)
+    return counter.get_total_flops()
+
+
+GEMM = 2 * 2048 ** 3
+
+
+def matrix_product(dtype, device):
+    """What a machine does best, and the measure of all else: a work() of GEMM float operations."""
+    a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
+    return lambda: a @ b
+
+
+def rates(name, amount, flops, seconds, product_seconds):
+    """How fast: {name: amount a second, its range, float operations, their share of the peak}."""
+    middle, peak = np.median(seconds), GEMM / min(product_seconds)
+    return {name: amount / middle, name + "_range": [amount / max(seconds), amount / min(seconds)],
+            "gflop": flops / amount / 1e9, "mfu": flops / middle / peak}
+
+
+def stage_trainer(config, stage):
+    """A Trainer on a few sequences of the demo world, whose step is a single micro-batch."""
+    c = dataclasses.replace(config, tok_unquantized=0, lam_unquantized=0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        data = Path(folder) / "demo.npz"
+        data_prep.write_demo(data, minutes=0.08)
+        trainer = Trainer(c, data, folder)
+        trainer.enter_stage(stage)
+    c.batch = min(trainer.micro, c.batch)
+    trainer.optimizer_step()                             # the codebook starts
+    return trainer
 
 
 def bench_training(config, device):
-    """Sequences a second of a training step (micro-batch) of each stage, and share of GEMM peak."""
-    from torch.utils.flop_counter import FlopCounterMode
-    genie, peak, result = Genie(config).to(device), gemm_peak(device), {}
-    size = min(config.micro_batch, config.batch)
-    for name, losses, length in (("tokenizer", tokenizer_losses, config.tok_frames),
-                                 ("world", world_losses, config.dyn_frames)):
-        genie.train().tokenizer.train(name == "tokenizer")
-        frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8)
-        inputs = [frames]
-        if name == "world":
-            tokens = genie.tokenizer.encode(frames.to(device))[1].cpu()
-            inputs += [tokens, *world_noise(genie, frames, tokens, seeded(0))]
-        inputs = [t.to(device) for t in inputs]
+    """Speed of a training step of each stage, its share of the GEMM peak, and its lead over the
+    baseline: the same step with attention written out in float32, as small codebases have it."""
+    result, dtype = {}, compute_dtype(config.precision, device)
+    for stage, name in enumerate(STAGES):
+        trainer = stage_trainer(config, stage)
+        step, c = trainer.optimizer_step, trainer.c
 
-        def work():
-            with autocast(config.precision, device):
-                losses(genie, *inputs)[0].backward()
-            genie.tokenizer.quantizer.seen, genie.lam.quantizer.seen = [], []
+        def baseline():
+            c.precision = "float32"
+            with_attention("written out", step)
+            c.precision = config.precision
 
-        with FlopCounterMode(display=False) as counter:
-            work()
-        seconds = median_seconds(work, repeats=3)
-        result[name] = {"sequences_per_s": size / seconds,
-                        "mfu": counter.get_total_flops() / seconds / peak}
+        ours, theirs, product = timed(step, baseline, matrix_product(dtype, device)).T
+        result[name] = {**rates("sequences_per_s", c.batch, count_flops(step), ours, product),
+                        "speedup_over_baseline": float(np.median(theirs / ours)),
+                        "micro_batch": c.batch}
     return result
 
 
@@ -1790,17 +1867,22 @@ def bench_play(config, device):
     actions = torch.randn(1, T, config.latent_dim, device=device)
     _, state = genie.remember(tokens[:, :-1], actions[:, :-1])
 
+    def cached():
+        return genie.step(state, 0, seeded(0))
+
     def uncached():
         for _ in range(config.maskgit_steps):
             logits = genie.dynamics(tokens, masked, actions)
         genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens])
         return logits[:, -1:]
 
-    fast = median_seconds(lambda: genie.step(state, 0, seeded(0)), repeats=3)
-    slow = median_seconds(uncached, repeats=3)
-    cached = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
-    return {"fps": 1 / fast, "fps_uncached": 1 / slow, "speedup": slow / fast,
-            "max_abs_diff": (cached - uncached()).abs().max().item()}
+    fast, slow, gemm = timed(cached, uncached, matrix_product(torch.float32, device)).T
+    again = rates("fps_uncached", 1, count_flops(uncached), slow, gemm)
+    last = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
+    return {**rates("fps", 1, count_flops(cached), fast, gemm),
+            "fps_uncached": again["fps_uncached"], "mfu_uncached": again["mfu"],
+            "speedup": float(np.median(slow) / np.median(fast)),
+            "max_abs_diff": (last - uncached()).abs().max().item()}
 
 
 def peak_memory(device):
@@ -1815,20 +1897,89 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def bench_memory(config):
+    """Print the memory of a step of each stage: the peak so far, and what a GPU would need.
+
+    The latter is predicted: what autograd keeps in bfloat16 with fused kernels, and 16 bytes a
+    weight (itself, its gradient, AdamW's two averages).
+    """
+    print("| stage | micro-batch | peak | predicted for a GPU |\n| --- | --- | --- | --- |")
+    for stage, name in enumerate(STAGES):
+        trainer = stage_trainer(config, stage)
+        peak, trainer.c.precision = peak_memory(trainer.device) or math.nan, "bfloat16"
+        part = trainer.micro_batches(seeded(0))[0]
+        need = with_attention("fused", lambda: saved_bytes(lambda: trainer.forward(part)))
+        need += 16 * sum(p.numel() for p in trainer.genie.parameters())
+        print(f"| {name} | {len(part[0])} | {peak:.2f} GiB | {need / 2 ** 30:.2f} GiB |")
+
+
+def block_cost(T, side, D, full, device):
+    """Cost of training one block on one clip: float operations, bytes kept, seconds.
+
+    Full attention is space attention in which all T x N patches stand in one large frame.
+    """
+    side, T = (math.isqrt(T) * side, 1) if full else (side, T)
+    block, x = STBlock(D, 4, side, not full, False), torch.empty(1, T, side ** 2, D, device="meta")
+
+    def work():
+        block(x, None)[0].sum().backward()
+
+    block.to("meta")                                     # shapes without numbers: to count is free
+    flops = count_flops(work)
+    block, x = STBlock(D, 4, side, not full, False).to(device), torch.randn(x.shape, device=device)
+    return flops, saved_bytes(lambda: block(x, None)), float(np.median(timed(work)))
+
+
+GROWTH = {"T frames": [(T, 16, 128) for T in (1, 4, 16, 64)],          # (T, side, D); N = side^2
+          "N patches a frame": [(16, side, 128) for side in (4, 8, 16, 32)],
+          "D width": [(16, 16, D) for D in (64, 128, 256, 512)]}
+
+
+def bench_growth(device):
+    """How a block's cost grows: {"T frames": {"ST-attention": [(T, float operations, bytes kept,
+    seconds), ...], "full attention": ...}, and so on for each size in GROWTH}."""
+    result = {}
+    for column, (size, cases) in enumerate(GROWTH.items()):
+        result[size] = {kind: [((T, side ** 2, D)[column], *block_cost(T, side, D, full, device))
+                               for T, side, D in cases]
+                        for kind, full in (("ST-attention", False), ("full attention", True))}
+        print(size, json.dumps(result[size]), flush=True)
+    return result
+
+
+def print_bench(result):
+    """The speeds as a Markdown table."""
+    print("| | speed | range | share of GEMM peak | compared |\n" + "| --- " * 5 + "|")
+    for name, row in result["train"].items():
+        low, high = row["sequences_per_s_range"]
+        print(f"| {name} | {row['sequences_per_s']:.3g} sequences/s | {low:.3g} to {high:.3g} |"
+              f" {row['mfu']:.0%} | {row['speedup_over_baseline']:.2f} times the baseline |")
+    play = result["play"]
+    low, high = play["fps_range"]
+    print(f"| play | {play['fps']:.3g} frames/s | {low:.3g} to {high:.3g} | {play['mfu']:.0%} |"
+          f" {play['speedup']:.2f} times no cache (which had {play['mfu_uncached']:.0%}) |")
+
+
 def bench(args):
-    """`bench`: training and playing speed of a preset on this machine."""
-    if args.json is not None:
-        data_prep.check_output(args.json, (".json",), args.force)
+    """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
+    for path, suffix in ((args.json, ".json"), (args.growth, ".png")):
+        if path is not None:
+            data_prep.check_output(path, (suffix,), args.force)
     config = make_config(args)
     device = pick_device(config.device)
+    if args.growth is not None:
+        return data_prep.draw_growth(bench_growth(device), args.growth)
+    if args.memory:
+        return bench_memory(config)
     result = {"train": bench_training(config, device), "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),
-                          "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
-                          "python": platform.python_version(), "system": platform.system(),
-                          "preset": config.preset}}
-    for part, numbers in result.items():
-        print(part, json.dumps(numbers))
+                          "gemm_gflops": GEMM / 1e9 / float(timed(
+                              matrix_product(torch.float32, device)).min()),
+                          "torch": torch.__version__, "python": platform.python_version(),
+                          "system": platform.system(), "preset": config.preset}}
+    print_bench(result)
+    print(json.dumps(result["machine"]), json.dumps(result["memory"]))
     if args.json is not None:
         write_json(result, args.json)
 
@@ -1863,11 +2014,11 @@ def load_run(args):
 
 def find_data(data):
     """The data file named, or the demo world, which is rendered if need be."""
-    path, (rank, count) = Path(data or DEMO_DATA), ranks()
-    if rank == 0 and path == DEMO_DATA and not path.exists():
+    path = Path(data or DEMO_DATA)
+    if RANK == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
-    if count > 1:
+    if RANKS > 1:
         dist.barrier()                                   # until rank 0 has rendered it
     return path
 
@@ -1925,14 +2076,14 @@ def train(args):
     before = signal.signal(signal.SIGINT, lambda *_: setattr(trainer, "stop", True))
     try:
         finished = trainer.run()
-        if ranks()[1] > 1:
+        if RANKS > 1:
             dist.barrier()                               # torchrun ends all when the first one ends
     finally:
         signal.signal(signal.SIGINT, before)             # from here on Ctrl-C just ends it
     if not finished:
         print(f"stopped and saved; go on with: python genie_mini.py train --resume --out {out}")
         return 130
-    if ranks()[0] > 0:
+    if RANK > 0:
         return 0
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
@@ -1963,6 +2114,11 @@ def eval_command(args):
         draw_rollout(genie, data, spread(data, args.count), args.clips)
 
 
+def number_or_auto(text):
+    """An argparse type: `--micro_batch auto` is 0."""
+    return 0 if text == "auto" else int(text)
+
+
 def true_or_false(text):
     """An argparse type for switches: `--lam_roll true`."""
     return bool(("false", "true").index(text.lower()))
@@ -1985,7 +2141,8 @@ def build_parser():
         for f in dataclasses.fields(Config):
             if name in ("eval", "play") and f.name not in SAMPLING:
                 continue
-            add[name]("--" + f.name, type=true_or_false if f.type is bool else f.type,
+            convert = {bool: true_or_false, "micro_batch": number_or_auto}
+            add[name]("--" + f.name, type=convert.get(f.name, convert.get(f.type, f.type)),
                       metavar="true|false" if f.type is bool else f.type.__name__,
                       help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
     for name in ("train", "eval", "play"):
@@ -1997,6 +2154,8 @@ def build_parser():
         add[name]("--split", default="test", choices=data_prep.SPLITS, help="[test]")
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
+    add["bench"]("--memory", action="store_true", help="print only the memory of training steps")
+    add["bench"]("--growth", help="draw cost against frames, patches, width to this PNG instead")
     add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
     add["eval"]("--figure", help="also draw what each button does to this PNG")
     add["eval"]("--clips", help="also draw real and generated clips to this PNG")
