@@ -1217,7 +1217,7 @@ class Trainer:
 
         A quarter is added to what autograd keeps, for what comes and goes.
         """
-        self.micro, free = 1, MEMORY_BUDGET
+        self.micro, free = 1, MEMORY_BUDGET / RANKS
         part = self.micro_batches(seeded(0))[0]
         need = 1.25 * saved_bytes(lambda: self.forward(part))
         if self.device.type == "cuda":
@@ -1225,7 +1225,7 @@ class Trainer:
             free = torch.cuda.mem_get_info()[0]
         share = self.c.batch // RANKS
         size = math.ceil(share / math.ceil(share * need / free))
-        print(f"micro-batches of {size} sequences, {need / 2 ** 30:.2f} GiB each", flush=True)
+        print(f"micro-batches of {size}: {need / 2 ** 30:.2f} GiB a sequence", flush=True)
         return size
 
     def optimizer_step(self):
