@@ -19,34 +19,41 @@ Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
-Contents
-     1  Config and presets               8  Genie: the three joined, and played
-     2  Data                             9  Training, stages 1 and 2
-     3  ST-attention, ST-transformer    10  Evaluation
-     4  Vector quantizer                11  Play
-     5  Video tokenizer                 12  Bench
-     6  Latent action model             13  Checkpoint files
-     7  Dynamics model (MaskGIT)        14  Command line
+Contents: the tutorial, and (12 to 15) what it takes to run it, to skip at first
+     1  Config and presets               9  Training, stages 1 and 2
+     2  Data                            10  Evaluation
+     3  ST-attention, ST-transformer    11  Play
+     4  Vector quantizer
+     5  Video tokenizer                 12  Devices and processes
+     6  Latent action model             13  Bench
+     7  Dynamics model (MaskGIT)        14  Checkpoint files
+     8  Genie: joined, and played       15  Command line
 
 Where this departs from the paper, a named switch in Config says so and why; the `full` preset
 turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
 """
 
+import atexit
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 import math
+import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -137,7 +144,8 @@ class Config:
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
-    micro_batch: int = setting(8, "sequences in memory at once; the gradient is the same", low=1)
+    micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
+                               " gradient is the same")
     tok_frames: int = setting(16, "frames of each sequence that stage 1 sees", low=1, high=CLIP)
     dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees, so the memory of play"
                               " plus one (departure: given much past, it guesses the action from"
@@ -200,8 +208,6 @@ def check_config(c):
     if not c.lam_time and c.lam_input == "frames":
         raise UserError("--lam_time false needs --lam_input diff: an encoder that sees one frame at"
                         " a time cannot tell what changed")
-    if c.batch % min(c.batch, c.micro_batch):
-        raise UserError(f"--batch {c.batch} must be a multiple of --micro_batch {c.micro_batch}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +329,11 @@ class SpatialAttention(nn.Module):
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, BT, h, N, e)
         (q, k), v = rotate(qkv[:2], self.angles), qkv[2]                # each (BT, h, N, e)
-        y = F.scaled_dot_product_attention(q, k, v)                     # (BT, h, N, e)
+        if fused_pays(q):                                               # section 12
+            y = F.scaled_dot_product_attention(q, k, v)                 # (BT, h, N, e)
+        else:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)  # (BT, h, N, N)
+            y = scores.softmax(-1).to(v.dtype) @ v                      # (BT, h, N, e)
         return self.out(y.transpose(1, 2).reshape(B, T, N, D))
 
 
@@ -356,7 +366,10 @@ class TemporalAttention(nn.Module):
         end = now + T
         qkv = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
         (q, k), v = rotate(qkv[:2], self.angles[now:end]), qkv[2]       # each (B, N, h, T, e)
-        # Written out: PyTorch's fused CPU kernel is several times slower on tables this small.
+        if past is None and fused_pays(q):                              # section 12
+            flat = [x.flatten(0, 1) for x in (q, k, v)]                 # each (BN, h, T, e)
+            y = F.scaled_dot_product_attention(*flat, is_causal=True).view_as(q)
+            return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
         scores = q @ k.transpose(-1, -2)                                # (B, N, h, T, T)
         if past is not None:
             scores = torch.cat([q @ past[0].transpose(-1, -2), scores], dim=-1)  # T_past + T wide
@@ -514,16 +527,20 @@ class VectorQuantizer(nn.Module):
         self.steps += 1
         if not self.started:
             if self.steps >= self.unquantized:
-                self.start(self.some(z if more is None else more(), generator), generator)
+                z = gather_over_ranks(z) if more is None else more()
+                self.start(self.some(z, generator), generator)
             return
         chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
-        self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 - self.decay)
-        self.ema_sum.mul_(self.decay).add_(chosen.T @ z, alpha=1 - self.decay)
-        moved = chosen.sum(0) > 0                                       # (K,)
+        count, total = chosen.sum(0), chosen.T @ z                      # (K,), (K, L)
+        sum_over_ranks([count, total])                                  # of the whole batch
+        self.ema_count.mul_(self.decay).add_(count, alpha=1 - self.decay)
+        self.ema_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
+        moved = count > 0                                               # (K,)
         self.codebook[moved] = self.ema_sum[moved] / self.ema_count[moved, None]
         self.idle.add_(1)[moved] = 0
         dead = (self.idle >= self.dead_after).nonzero()[:, 0]
-        self.reseed(self.some(z, generator), dead, generator)
+        if len(dead):
+            self.reseed(self.some(gather_over_ranks(z), generator), dead, generator)
 
     @staticmethod
     def some(z, generator, most=4096):
@@ -874,7 +891,7 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint, _ = newest_checkpoint(path)                         # section 13
+        checkpoint, _ = newest_checkpoint(path)                         # section 14
         genie = Genie(checkpoint["config"])
         genie.load_state_dict(checkpoint["model"])
         genie.trained_on = checkpoint["data"]
@@ -892,29 +909,6 @@ class Genie(nn.Module):
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
 
 STAGES = ("tokenizer", "world")
-
-
-def pick_device(name):
-    """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        name = next(n for n, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
-    return torch.device(name)
-
-
-def autocast(precision, device):
-    """A context in which matrix products run in bfloat16, where asked for or where it pays.
-
-    It pays on GPUs that have it and on CPUs with AMX tiles. With AVX512-BF16 alone we measured
-    the LAM's training step at half the speed of float32.
-    """
-    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()}
-    wanted = fast.get(device.type, False) if precision == "auto" else precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def learning_rate(step, total, c):
@@ -978,13 +972,16 @@ class Trainer:
                "val_codes_used", "val_perplexity", "val_dynamics_loss")
 
     def __init__(self, config, data, out):
+        if config.batch % RANKS:
+            raise UserError(f"--batch {config.batch} cannot be cut into {RANKS} equal slices:"
+                            " choose a multiple of the number of processes")
         self.c, self.data, self.out = config, str(data), Path(out)
         self.device = pick_device(config.device)
         self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
-        self.rows, self.stop = [], False                 # logged rows; asked to stop?
+        self.rows, self.stop = [], 0                     # logged rows; the signal to stop, or 0
         self.enter_stage(0)
 
     def enter_stage(self, stage):
@@ -994,11 +991,12 @@ class Trainer:
         self.models = ([genie.tokenizer], [genie.lam, genie.dynamics], [])[stage]
         self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
         parameters = [p for model in self.models for p in model.parameters()]
-        self.optimizer = parameters and torch.optim.AdamW(
-            parameters, weight_decay=self.c.weight_decay, betas=(self.c.beta1, self.c.beta2),
-            fused=True)                                  # one pass over the weights, not ten
+        self.optimizer = parameters and make_optimizer(parameters, self.c)
+        self.losses = (tokenizer_losses, world_losses, None)[stage]
         if stage == 1:
             self.tokens = self.tokenize()
+        if self.models:
+            self.micro = self.c.micro_batch or self.fitting_micro_batch()
 
     @torch.no_grad()
     def tokenize(self):
@@ -1013,20 +1011,26 @@ class Trainer:
     def run(self):
         """Train from wherever the run stands to its end. Returns False if asked to stop."""
         while self.stage < len(STAGES):
-            self.train_stage()
-            if self.stop:
-                self.save()
+            stopped = self.train_stage()
+            if stopped:
+                self.stop = stopped                      # perhaps another rank was asked
+                if RANK == 0:
+                    self.save()
                 return False
             self.enter_stage(self.stage + 1)
-            self.save()
+            if RANK == 0:
+                self.save()
         return True
 
     def train_stage(self):
-        """The loop of one stage: step, log, now and then validate and save."""
-        began, first = time.monotonic(), self.step
-        while self.step < self.total and not self.stop:
+        """The loop of one stage: step, log, now and then validate and save. True if stopped."""
+        began, first, stop = time.monotonic(), self.step, self.all_stop()
+        while self.step < self.total and not stop:
             row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
             self.step += 1
+            stop = self.all_stop()
+            if RANK > 0:
+                continue                                 # rank 0 validates, logs and saves
             last = self.step == self.total
             validating = self.step % self.c.val_every == 0 or last
             if validating:
@@ -1035,42 +1039,82 @@ class Trainer:
                 self.log(row, (time.monotonic() - began) / (self.step - first))
             if validating:
                 self.save()
+        return stop
+
+    def all_stop(self):
+        """The signal by which any rank was asked to stop, or 0. All stop after the same step, or
+        some would wait forever."""
+        if RANKS == 1:
+            return self.stop
+        asked = torch.tensor(int(self.stop), device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return int(asked)
+
+    def micro_batches(self, generator):
+        """What this step learns from: a list of micro-batches, each a tuple of tensors.
+
+        With many ranks this one's slice of the batch. All of them draw what is random for the whole
+        batch, so that neither ranks nor micro-batches change any of it.
+        """
+        c, share = self.c, self.c.batch // RANKS
+        length = (c.tok_frames, c.dyn_frames)[self.stage]
+        self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
+        inputs = [self.train_set.frames(self.picks, first, length)]
+        if self.stage == 1:
+            tokens = self.tokens[self.picks, first:first + length].long()   # (B, T, N)
+            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
+        mine = slice(RANK * share, (RANK + 1) * share)
+        return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
+
+    def forward(self, part):
+        """The losses of one micro-batch, in the precision that suits the device."""
+        with autocast(self.c.precision, self.device):
+            return self.losses(self.genie, *(t.to(self.device) for t in part))
+
+    def fitting_micro_batch(self):
+        """As large a micro-batch as fits, in parts as even as can be; measured on one sequence.
+
+        Half of what autograd keeps is added for what comes and goes: we measured up to 1.35 times.
+        """
+        self.micro, free = 1, MEMORY_BUDGET / RANKS
+        part = self.micro_batches(seeded(0))[0]
+        need = 1.5 * saved_bytes(lambda: self.forward(part))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+        share = self.c.batch // RANKS
+        size = math.ceil(share / math.ceil(share * need / free))
+        print(f"micro-batches of {size}: {need / 2 ** 30:.2f} GiB a sequence", flush=True)
+        return size
 
     def optimizer_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
-        c = self.c
+        c, quantizer = self.c, self.models[0].quantizer  # the tokenizer's, or the LAM's
         for model in self.models:
             model.train()
-        length = (c.tok_frames, c.dyn_frames)[self.stage]
-        picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
-        inputs = [self.train_set.frames(picks, first, length)]
-        generator = seeded(c.seed, self.stage, self.step, 2)
-        if self.stage == 1:
-            tokens = self.tokens[picks, first:first + length].long()    # (B, T, N)
-            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
-        losses = (tokenizer_losses, world_losses)[self.stage]
-        numbers, codes, size = {}, [], min(c.micro_batch, c.batch)
-        parts = list(zip(*(whole.split(size) for whole in inputs)))
-        for part in parts:
-            with autocast(c.precision, self.device):
-                loss, logged, chosen = losses(self.genie, *(t.to(self.device) for t in part))
-            (loss / len(parts)).backward()
+        generator, numbers, codes = seeded(c.seed, self.stage, self.step, 2), {}, []
+        for part in self.micro_batches(generator):
+            loss, logged, chosen = self.forward(part)
+            share = len(chosen) / c.batch
+            (loss * share).backward()
             codes.append(chosen)
             for name, value in logged.items():
-                numbers[name] = numbers.get(name, 0.0) + value.item() / len(parts)
+                numbers[name] = numbers.get(name, 0.0) + value.detach() * share
+        sum_over_ranks([p.grad for m in self.models for p in m.parameters()]
+                       + list(numbers.values()))
+        numbers = {name: value.item() for name, value in numbers.items()}
         norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models]
-        self.check_health(sum(numbers.values()), sum(norms), picks)
+        self.check_health(sum(numbers.values()), sum(norms))
         self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        quantizer = self.models[0].quantizer             # the tokenizer's, or the LAM's
         if quantizer.started:
-            used = code_use(torch.cat(codes), len(quantizer.codebook))
-            numbers["codes_used"], numbers["perplexity"] = used
+            codes = gather_over_ranks(torch.cat(codes))
+            numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         quantizer.update(generator, self.latents)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
-    def check_health(self, loss, norm, picks):
+    def check_health(self, loss, norm):
         """Raise UserError, before any weight moves, if this step's numbers have run away.
 
         A healthy loss is a few nats; NaN fails both comparisons."""
@@ -1078,8 +1122,9 @@ class Trainer:
             raise UserError(
                 f"training broke down at step {self.step + 1} of stage {STAGES[self.stage]}: loss"
                 f" {loss:.4g}, gradient norm {norm:.4g}, on the training sequences"
-                f" {', '.join(map(str, picks))}; try a lower --lr, a longer --warmup or --precision"
-                f" float32 with another --out ({self.out} keeps its last good checkpoint)")
+                f" {', '.join(map(str, self.picks))}; try a lower --lr, a longer --warmup or"
+                f" --precision float32 with another --out ({self.out} keeps its last good"
+                " checkpoint)")
 
     @torch.no_grad()
     def latents(self):
@@ -1088,7 +1133,10 @@ class Trainer:
         encode = self.models[0].eval().encode
         some = spread(self.train_set, 256)
         z, = over_batches(self.genie, self.train_set, some, lambda x, _: (encode(x)[0],))
-        return z.flatten(0, -2).to(self.device)
+        z = z.flatten(0, -2).to(self.device)
+        if RANKS > 1:
+            dist.broadcast(z, 0)                         # all start on the very same vectors
+        return z
 
     @torch.no_grad()
     def validate(self):
@@ -1482,56 +1530,214 @@ def play(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12  Bench
+# 12  Devices and processes
 #
-# Problem: "fast" means little across machines. So bench first measures what this machine can do at
-# all (a large matrix product), and then gives each speed as a share of that, or as a ratio of two
-# ways measured side by side.
+# Problem: the same step should run well on a laptop, on a GPU, and on many GPUs at once. Everything
+# that depends on the machine is chosen here: precision, attention kernel, memory, and who does what
+# when torchrun starts many processes. Nothing in this section changes what is learned.
 
 
-def median_seconds(work, repeats=5):
-    """Median time of work(), after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
+ATTENTION = "auto"              # or "fused", or "written out": bench compares them
+MEMORY_BUDGET = 8 * 2 ** 30     # bytes for micro_batch auto without CUDA: half of a 16 GB laptop
+
+
+def pick_device(name):
+    """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
+    if name == "cuda":                                   # what stays float32 may use TF32 there
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def compute_dtype(precision, device):
+    """bfloat16 where asked for or where it pays: GPUs since Ampere, and CPUs with AMX tiles.
+
+    With AVX512-BF16 alone we measured the LAM's training step at half the speed of float32.
+    """
+    fast = {"cuda": lambda: torch.cuda.get_device_capability() >= (8, 0),
+            "cpu": getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)}
+    pays = precision == "auto" and fast.get(device.type, lambda: False)()
+    return torch.bfloat16 if pays or precision == "bfloat16" else torch.float32
+
+
+def autocast(precision, device):
+    """A context in which matrix products run in compute_dtype. The quantizers leave it."""
+    wanted = compute_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def fused_pays(q):
+    """Is PyTorch's fused attention the faster one for queries q (..., S, e)?
+
+    It never writes the S x S table to memory. On a GPU that always pays. On a CPU we measured it
+    ahead for the 256 x 256 of space in float32; for the 16 x 16 of time, or in bfloat16, it was
+    slower than attention written out (16 x 16 in bfloat16, with its backward pass: 16 times).
+    """
+    if ATTENTION != "auto":
+        return ATTENTION == "fused"
+    return q.device.type == "cuda" or (q.shape[-2] > 64 and q.dtype == torch.float32)
+
+
+def saved_bytes(work):
+    """Bytes that autograd keeps between work() and its backward pass: what a larger batch costs."""
+    kept = {}                                            # by address: many tensors are views
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2]
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def gemm_peak(device, n=2048):
-    """Float operations a second of a large float32 matrix product here."""
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    return 2 * n ** 3 / median_seconds(lambda: a @ b)
+def make_optimizer(parameters, c):
+    """AdamW; fused where it can be: one pass over the weights, not ten."""
+    settings = dict(weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
+    try:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    except RuntimeError:                                 # not for this device in this PyTorch
+        return torch.optim.AdamW(parameters, **settings)
+
+
+# Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
+# ("ranks"). Each takes its slice of the batch; summed over the ranks, gradients and codebook
+# statistics are those of the whole batch, so that all ranks take the same step, and it is the step
+# that one process would have taken. Without torchrun none of this does anything.
+
+RANK, RANKS = 0, 1              # which process this is, and of how many
+
+
+def join_ranks():
+    """Meet the other ranks, if torchrun started us. From then on rank 0 alone speaks."""
+    global RANK, RANKS
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
+    atexit.register(dist.destroy_process_group)
+    RANK, RANKS = dist.get_rank(), dist.get_world_size()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def sum_over_ranks(tensors):
+    """Put into each tensor its sum over all ranks, in a single message."""
+    if RANKS > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def gather_over_ranks(t):
+    """t (M, ...) of every rank, joined in their order, which is that of the batch."""
+    if RANKS == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(RANKS)]
+    dist.all_gather(parts, t)
+    return torch.cat(parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13  Bench
+#
+# Problem: "fast" means little across machines. So bench also measures what this machine can do at
+# all (a large matrix product), and gives each speed as a share of that, or as a ratio of two ways
+# measured side by side. Float operations are counted, not timed: that is exact, and free of noise.
+
+
+def timed(*works, repeats=5):
+    """Seconds (repeats, works) of each work(), after a round to warm up.
+
+    They take turns, so that whatever else the machine does slows all of them alike.
+    """
+    rows = []
+    for _ in range(repeats + 1):
+        rows.append([])
+        for work in works:
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elif torch.backends.mps.is_available():
+                torch.mps.synchronize()
+            rows[-1].append(time.perf_counter() - began)
+    return np.array(rows[1:])
+
+
+def with_attention(kind, work):
+    """work(), with ATTENTION set to `kind` meanwhile."""
+    global ATTENTION
+    before, ATTENTION = ATTENTION, kind
+    try:
+        return work()
+    finally:
+        ATTENTION = before
+
+
+def count_flops(work):
+    """Float operations of work(). Written out, since the counter overlooks fused CPU attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        with_attention("written out", work)
+    return counter.get_total_flops()
+
+
+GEMM = 2 * 2048 ** 3
+
+
+def matrix_product(dtype, device):
+    """What a machine does best, and the measure of all else: a work() of GEMM float operations."""
+    a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
+    return lambda: a @ b
+
+
+def rates(name, amount, flops, seconds, product_seconds):
+    """How fast: {name: amount a second, its range, float operations, their share of the peak}."""
+    middle, peak = np.median(seconds), GEMM / min(product_seconds)
+    return {name: amount / middle, name + "_range": [amount / max(seconds), amount / min(seconds)],
+            "gflop": flops / amount / 1e9, "mfu": flops / middle / peak}
+
+
+def stage_trainer(config, stage):
+    """A Trainer on a few sequences of the demo world, whose step is a single micro-batch."""
+    c = dataclasses.replace(config, tok_unquantized=0, lam_unquantized=0)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        data = Path(folder) / "demo.npz"
+        data_prep.write_demo(data, minutes=0.08)
+        trainer = Trainer(c, data, folder)
+        trainer.enter_stage(stage)
+    c.batch = min(trainer.micro, c.batch)
+    trainer.optimizer_step()                             # the codebook starts
+    return trainer
 
 
 def bench_training(config, device):
-    """Sequences a second of a training step (micro-batch) of each stage, and share of GEMM peak."""
-    from torch.utils.flop_counter import FlopCounterMode
-    genie, peak, result = Genie(config).to(device), gemm_peak(device), {}
-    size = min(config.micro_batch, config.batch)
-    for name, losses, length in (("tokenizer", tokenizer_losses, config.tok_frames),
-                                 ("world", world_losses, config.dyn_frames)):
-        genie.train().tokenizer.train(name == "tokenizer")
-        frames = torch.randint(2, (size, length, SIZE, SIZE), dtype=torch.uint8)
-        inputs = [frames]
-        if name == "world":
-            tokens = genie.tokenizer.encode(frames.to(device))[1].cpu()
-            inputs += [tokens, *world_noise(genie, frames, tokens, seeded(0))]
-        inputs = [t.to(device) for t in inputs]
+    """Speed of a training step of each stage, its share of the GEMM peak, and its lead over the
+    baseline: the same step with attention written out in float32, as small codebases have it."""
+    result, dtype = {}, compute_dtype(config.precision, device)
+    for stage, name in enumerate(STAGES):
+        trainer = stage_trainer(config, stage)
+        step, c = trainer.optimizer_step, trainer.c
 
-        def work():
-            with autocast(config.precision, device):
-                losses(genie, *inputs)[0].backward()
-            genie.tokenizer.quantizer.seen, genie.lam.quantizer.seen = [], []
+        def baseline():
+            c.precision = "float32"
+            with_attention("written out", step)
+            c.precision = config.precision
 
-        with FlopCounterMode(display=False) as counter:
-            work()
-        seconds = median_seconds(work, repeats=3)
-        result[name] = {"sequences_per_s": size / seconds,
-                        "mfu": counter.get_total_flops() / seconds / peak}
+        ours, theirs, product = timed(step, baseline, matrix_product(dtype, device)).T
+        result[name] = {**rates("sequences_per_s", c.batch, count_flops(step), ours, product),
+                        "speedup_over_baseline": float(np.median(theirs / ours)),
+                        "micro_batch": c.batch}
     return result
 
 
@@ -1548,17 +1754,22 @@ def bench_play(config, device):
     actions = torch.randn(1, T, config.latent_dim, device=device)
     _, state = genie.remember(tokens[:, :-1], actions[:, :-1])
 
+    def cached():
+        return genie.step(state, 0, seeded(0))
+
     def uncached():
         for _ in range(config.maskgit_steps):
             logits = genie.dynamics(tokens, masked, actions)
         genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens])
         return logits[:, -1:]
 
-    fast = median_seconds(lambda: genie.step(state, 0, seeded(0)), repeats=3)
-    slow = median_seconds(uncached, repeats=3)
-    cached = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
-    return {"fps": 1 / fast, "fps_uncached": 1 / slow, "speedup": slow / fast,
-            "max_abs_diff": (cached - uncached()).abs().max().item()}
+    fast, slow, gemm = timed(cached, uncached, matrix_product(torch.float32, device)).T
+    again = rates("fps_uncached", 1, count_flops(uncached), slow, gemm)
+    last = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
+    return {**rates("fps", 1, count_flops(cached), fast, gemm),
+            "fps_uncached": again["fps_uncached"], "mfu_uncached": again["mfu"],
+            "speedup": float(np.median(slow) / np.median(fast)),
+            "max_abs_diff": (last - uncached()).abs().max().item()}
 
 
 def doctor(device):
@@ -1594,27 +1805,59 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def bench_memory(config):
+    """Print the memory of a step of each stage: the peak so far, and what a GPU would need.
+
+    The latter is predicted: what autograd keeps in bfloat16 with fused kernels, and 16 bytes a
+    weight (itself, its gradient, AdamW's two averages).
+    """
+    print("| stage | micro-batch | peak | predicted for a GPU |\n| --- | --- | --- | --- |")
+    for stage, name in enumerate(STAGES):
+        trainer = stage_trainer(config, stage)
+        peak, trainer.c.precision = peak_memory(trainer.device) or math.nan, "bfloat16"
+        part = trainer.micro_batches(seeded(0))[0]
+        need = with_attention("fused", lambda: saved_bytes(lambda: trainer.forward(part)))
+        need += 16 * sum(p.numel() for p in trainer.genie.parameters())
+        print(f"| {name} | {len(part[0])} | {peak:.2f} GiB | {need / 2 ** 30:.2f} GiB |")
+
+
+def print_bench(result):
+    """The speeds as a Markdown table."""
+    print("| | speed | range | share of GEMM peak | compared |\n" + "| --- " * 5 + "|")
+    for name, row in result["train"].items():
+        low, high = row["sequences_per_s_range"]
+        print(f"| {name} | {row['sequences_per_s']:.3g} sequences/s | {low:.3g} to {high:.3g} |"
+              f" {row['mfu']:.0%} | {row['speedup_over_baseline']:.2f} times the baseline |")
+    play = result["play"]
+    low, high = play["fps_range"]
+    print(f"| play | {play['fps']:.3g} frames/s | {low:.3g} to {high:.3g} | {play['mfu']:.0%} |"
+          f" {play['speedup']:.2f} times no cache (which had {play['mfu_uncached']:.0%}) |")
+
+
 def bench(args):
-    """`bench`: training and playing speed of a preset on this machine."""
+    """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
     if args.json is not None:
         data_prep.check_output(args.json, (".json",), args.force)
     config = make_config(args)
     device = pick_device(config.device)
+    if args.memory:
+        return bench_memory(config)
     result = {"doctor": doctor(device),
               "train": bench_training(config, device), "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),
-                          "gemm_gflops": gemm_peak(device) / 1e9, "torch": torch.__version__,
-                          "python": platform.python_version(), "system": platform.system(),
-                          "preset": config.preset}}
-    for part, numbers in result.items():
-        print(part, json.dumps(numbers))
+                          "gemm_gflops": GEMM / 1e9 / float(timed(
+                              matrix_product(torch.float32, device)).min()),
+                          "torch": torch.__version__, "python": platform.python_version(),
+                          "system": platform.system(), "preset": config.preset}}
+    print_bench(result)
+    print(json.dumps(result["machine"]), json.dumps(result["memory"]))
     if args.json is not None:
         write_json(result, args.json)
 
 
 # --------------------------------------------------------------------------------------------------
-# 13  Checkpoint files
+# 14  Checkpoint files
 #
 # Problem: a crash, or a full disk, can come while a checkpoint is written; and a file that somebody
 # sends you can claim anything. So two checkpoints are kept, each written under another name first,
@@ -1735,7 +1978,7 @@ def newest_checkpoint(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14  Command line
+# 15  Command line
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
@@ -1765,9 +2008,11 @@ def load_run(args):
 def find_data(data):
     """The data file named, or the demo world, which is rendered if need be."""
     path = Path(data or DEMO_DATA)
-    if path == DEMO_DATA and not path.exists():
+    if RANK == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
+    if RANKS > 1:
+        dist.barrier()                                   # until rank 0 has rendered it
     return path
 
 
@@ -1809,20 +2054,22 @@ def prepare(args):
                         " keeps its config; leave the flag out, or start another run")
     trainer = Trainer(checkpoint["config"], find_data(args.data or checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
-    if used != path and path.exists():                   # or else the next save would keep it in
+    if RANK == 0 and used != path and path.exists():     # or else the next save would keep it in
         path.replace(path.with_suffix(".damaged.pt"))    # the place of the good one
     return trainer
 
 
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
+    join_ranks()
     trainer = prepare(args)
     c, out, genie = trainer.c, trainer.out, trainer.genie
     out.mkdir(parents=True, exist_ok=True)
-    for half in out.glob(".*.[0-9]*.tmp"):               # what a killed run was writing
-        half.unlink()
-    if not args.resume:
-        trainer.save()                                   # so that it can be resumed from step 0 on
+    if RANK == 0:
+        for half in out.glob(".*.[0-9]*.tmp"):           # what a killed run was writing
+            half.unlink()
+        if not args.resume:
+            trainer.save()                               # so that it can be resumed from step 0 on
     print(f"preset {c.preset} on {trainer.device}, data {trainer.data}, run in {out}\nparameters: "
           + ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}"
                       for name, part in genie.named_children())
@@ -1832,12 +2079,16 @@ def train(args):
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         finished = trainer.run()
+        if RANKS > 1:
+            dist.barrier()                               # torchrun ends all when the first one ends
     finally:                                             # from here on Ctrl-C just ends it
         for number, handler in before.items():
             signal.signal(number, handler)
     if not finished:
         print(f'stopped and saved; go on with: python genie_mini.py train --resume --out "{out}"')
         return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
+    if RANK > 0:
+        return 0
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
@@ -1867,6 +2118,11 @@ def eval_command(args):
         draw_rollout(genie, data, spread(data, args.count), args.clips)
 
 
+def number_or_auto(text):
+    """An argparse type: `--micro_batch auto` is 0."""
+    return 0 if text == "auto" else int(text)
+
+
 def true_or_false(text):
     """An argparse type for switches: `--lam_roll true`."""
     return bool(("false", "true").index(text.lower()))
@@ -1889,7 +2145,8 @@ def build_parser():
         for f in dataclasses.fields(Config):
             if name in ("eval", "play") and f.name not in SAMPLING:
                 continue
-            add[name]("--" + f.name, type=true_or_false if f.type is bool else f.type,
+            convert = {bool: true_or_false, "micro_batch": number_or_auto}
+            add[name]("--" + f.name, type=convert.get(f.name, convert.get(f.type, f.type)),
                       metavar="true|false" if f.type is bool else f.type.__name__,
                       help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
     for name in ("train", "eval", "play"):
@@ -1901,6 +2158,7 @@ def build_parser():
         add[name]("--split", default="test", choices=data_prep.SPLITS, help="[test]")
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
+    add["bench"]("--memory", action="store_true", help="print only the memory of training steps")
     add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
     add["eval"]("--figure", help="also draw what each button does to this PNG")
     add["eval"]("--clips", help="also draw real and generated clips to this PNG")

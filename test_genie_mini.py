@@ -41,6 +41,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -1597,7 +1598,123 @@ def test_heads_start_on_their_neighbours(dim, heads, side, gm=genie_mini):
             assert best == (row + steps[head][0], column + steps[head][1]), (head, row, column)
 
 
+# --- precision and kernels ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer, shape", [("space", (2, 3, 16, 16)), ("time", (2, 5, 4, 16))])
+def test_both_ways_of_attention_agree(layer, shape, monkeypatch, gm=genie_mini):
+    """Failing means that what is learned depends on which kernel a device is good at."""
+    block, results = gm.STBlock(16, 2, 4, True, False), []
+    torch.manual_seed(1)
+    x, weight = torch.randn(shape), torch.randn(shape)
+    for kind in ("fused", "written out"):
+        monkeypatch.setattr(gm, "ATTENTION", kind)
+        copy = x.clone().requires_grad_()
+        y = block.space(copy) if layer == "space" else block.time(copy, None)[0]
+        (y * weight).sum().backward()
+        results.append((y, copy.grad))
+    assert close(results[0][0], results[1][0]) and close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("device, size, dtype, fused", [
+    ("cuda", 16, torch.bfloat16, True), ("cuda", 256, torch.float32, True),
+    ("cpu", 256, torch.float32, True), ("cpu", 256, torch.bfloat16, False),
+    ("cpu", 16, torch.float32, False), ("mps", 16, torch.float32, False)])
+def test_kernel_is_what_the_device_is_good_at(device, size, dtype, fused, gm=genie_mini):
+    """Failing means that attention takes the slow way on some device (see fused_pays)."""
+    queries = types.SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 4, size, 8))
+    assert gm.fused_pays(queries) == fused
+
+
+@pytest.mark.parametrize("device, precision, capability, amx, expected", [
+    ("cuda", "auto", (8, 0), False, torch.bfloat16), ("cuda", "auto", (7, 5), True, torch.float32),
+    ("cpu", "auto", (8, 0), False, torch.float32), ("cpu", "auto", (7, 5), True, torch.bfloat16),
+    ("cpu", "float32", (7, 5), True, torch.float32), ("mps", "auto", (9, 0), True, torch.float32),
+    ("cpu", "bfloat16", (7, 5), False, torch.bfloat16)])
+def test_precision_is_what_the_device_is_good_at(device, precision, capability, amx, expected,
+                                                 monkeypatch, gm=genie_mini):
+    """Failing means that training takes bfloat16 where it is slow, or float32 where it need not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert gm.compute_dtype(precision, torch.device(device)) == expected
+
+
+def test_optimizer_without_a_fused_kernel(monkeypatch, gm=genie_mini):
+    """Failing means that training does not start on a device for which AdamW cannot be fused."""
+    weights, adamw = [nn.Parameter(torch.ones(3))], torch.optim.AdamW
+    assert gm.make_optimizer(weights, tiny(gm)).defaults["fused"]
+
+    def older(parameters, fused=None, **settings):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be CUDA tensors")
+        return adamw(parameters, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", older)
+    assert gm.make_optimizer(weights, tiny(gm, weight_decay=0.3)).defaults["weight_decay"] == 0.3
+
+
+def test_codebook_is_float32_under_autocast(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that bfloat16, with its 8 bits, decides which code is nearest, or is what a
+    codebook's slow moving averages are kept in: they would stop moving."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, precision="bfloat16", batch=8)
+    quantizer, seen = trainer.genie.lam.quantizer, []
+    update = quantizer.update
+    quantizer.update = lambda *rest: seen.extend(quantizer.seen) or update(*rest)
+    trainer.optimizer_step()
+    before = weights_of(quantizer)
+    seen.clear()
+    trainer.optimizer_step()
+    (z, indices), = seen
+    assert before["started"] and z.dtype == torch.float32
+    assert trainer.forward(trainer.micro_batches(gm.seeded(0))[0])[0].dtype == torch.float32
+    distances = (z.double()[:, None] - before["codebook"].double()).pow(2).sum(-1)
+    assert (distances.gather(1, indices[:, None])[:, 0] - distances.min(1).values).max() < 1e-6
+    total = torch.zeros(8, 4).index_add(0, indices, z)
+    used = indices.unique()
+    assert close(quantizer.ema_sum[used], (0.99 * before["ema_sum"] + 0.01 * total)[used], 1e-6)
+
+
+def test_float_operations_are_counted(gm=genie_mini):
+    """Failing means that the counter overlooks a part of the model: what bench calls a share of the
+    peak is then too small."""
+    block, x = gm.SpatialAttention(16, 2, 9, False), torch.randn(3, 2, 81, 16)
+    assert gm.count_flops(lambda: block(x)) == 6 * (81 * 16 * (48 + 16) + 2 * 81 * 81 * 16) * 2
+
+
+def test_saved_bytes(gm=genie_mini):
+    """Failing means that micro_batch auto miscounts what a step keeps in memory."""
+    x = torch.zeros(1000, requires_grad=True)
+    assert gm.saved_bytes(lambda: x.exp()) == 4000                      # its result
+    assert gm.saved_bytes(lambda: x.exp().exp()) == 8000
+    y = x.exp()
+    assert gm.saved_bytes(lambda: y[:500] * y[500:]) == 4000            # two views of one storage
+
+
 # --- training -------------------------------------------------------------------------------
+
+
+def gradients(gm, data, out, stage, **changes):
+    """All gradients of a first step, just before the optimizer uses them, and the Trainer."""
+    trainer, kept = tiny_trainer(gm, data, out, stage, **changes), []
+    trainer.optimizer.step = lambda: kept.extend(
+        p.grad.clone() for model in trainer.models for p in model.parameters())
+    trainer.optimizer_step()
+    return kept, trainer
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_micro_batch_auto(demo_file, tmp_path, monkeypatch, stage, gm=genie_mini):
+    """Failing means that micro_batch auto does not fit the memory it is given, cuts the batch where
+    there is room for all of it, or changes the gradient."""
+    whole, trainer = gradients(gm, demo_file, tmp_path, stage, micro_batch=0)
+    assert trainer.micro == 8
+    one = gm.saved_bytes(lambda: trainer.forward([t[:1] for t in trainer.micro_batches(
+        gm.seeded(0))[0]]))
+    for sequences, expected in ((3.9, 3), (2.5, 2), (0.5, 1)):          # 8 = 3 + 3 + 2
+        monkeypatch.setattr(gm, "MEMORY_BUDGET", sequences * 1.5 * one)
+        parts, trainer = gradients(gm, demo_file, tmp_path, stage, micro_batch=0)
+        assert trainer.micro == expected
+        assert all(close(a, b, 1e-6) for a, b in zip(whole, parts))
 
 
 def weights_after_training(gm, data, out, stage, micro_batch):
@@ -1921,6 +2038,78 @@ def test_the_same_seed_gives_the_same_weights(demo_file, tmp_path, gm=genie_mini
             trainer.optimizer_step()
         made.append(torch.cat([t.float().flatten() for t in weights_of(trainer.genie).values()]))
     assert (made[0] == made[1]).all() and (made[0] != made[2]).any()
+
+
+RANK = """
+import os
+import sys
+sys.path.insert(0, {folder!r})
+import genie_mini
+step = genie_mini.Trainer.optimizer_step
+def interrupted(trainer):
+    if os.environ["RANK"] == "1" and (trainer.stage, trainer.step) == (1, 1):
+        trainer.stop = True                                             # as Ctrl-C does
+    return step(trainer)
+genie_mini.Trainer.optimizer_step = interrupted
+sys.exit(genie_mini.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
+    """Failing means that torchrun's processes do not share one batch, one gradient and one
+    codebook, that a run cannot change their number, or that Ctrl-C in one of them hangs the others.
+
+    One process begins, two go on from there until the second of them alone is interrupted, and one
+    ends the run. Codes are re-seeded in every step.
+    """
+    monkeypatch.setattr(dp, "draw_curves", lambda *_: None)             # slow, and not compared
+    changes = dict(tok_steps=5, dyn_steps=5, log_every=1, val_every=9, dyn_layers=1, batch=8,
+                   micro_batch=3, lam_roll=True, action_noise=0.3, dead_after=1, lr=1e-4,
+                   min_lr=1e-4, tok_codes=32)
+    whole = tiny_trainer(genie_mini, demo_file, tmp_path / "one", **changes)
+    assert whole.run()
+    trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
+    step = trainer.optimizer_step
+    trainer.optimizer_step = lambda: setattr(trainer, "stop", trainer.step == 2) or step()
+    assert not trainer.run()
+
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(folder=str(Path(genie_mini.__file__).parent)))
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node", "2", str(script), "train", "--resume", "--out",
+                          str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    for text in ("encoding the", "stopped and saved"):
+        assert run.stdout.count(text) == 1, f"rank 0 alone speaks\n{run.stderr}"
+    checkpoint = genie_mini.read_checkpoint(tmp_path / "two" / "checkpoint.pt")
+    assert (checkpoint["stage"], checkpoint["step"]) == (1, 2)
+
+    trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
+    trainer.resume(checkpoint)
+    assert trainer.run()
+    again, expected = trainer.genie.state_dict(), whole.genie.state_dict()
+    assert expected["tokenizer.quantizer.started"] and expected["lam.quantizer.started"]
+    for name in expected:
+        assert close(again[name].float(), expected[name].float(), 1e-5), name
+    assert len(trainer.rows) == len(whole.rows) == 10
+    for row, other in zip(trainer.rows, whole.rows):
+        assert row.pop("stage") == other.pop("stage") and row == pytest.approx(other, rel=1e-3)
+
+
+def test_batch_is_cut_into_equal_slices(demo_file, tmp_path, monkeypatch, gm=genie_mini):
+    """Failing means that some sequences of a batch are trained on by no process, or by two."""
+    monkeypatch.setattr(gm, "RANKS", 3)
+    with pytest.raises(gm.UserError, match="--batch 8 cannot be cut into 3"):
+        tiny_trainer(gm, demo_file, tmp_path)
+    monkeypatch.setattr(gm, "RANKS", 1)
+    trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, action_noise=0.3, micro_batch=3)
+    whole = [torch.cat(t) for t in zip(*trainer.micro_batches(gm.seeded(0)))]
+    monkeypatch.setattr(gm, "RANKS", 4)
+    slices = []
+    for rank in range(4):
+        monkeypatch.setattr(gm, "RANK", rank)
+        slices += trainer.micro_batches(gm.seeded(0))
+    assert all((torch.cat(parts) == t).all() for parts, t in zip(zip(*slices), whole))
 
 
 def test_training_leaves_the_global_generator_alone(demo_file, tmp_path, gm=genie_mini):
@@ -2575,7 +2764,7 @@ BUGS = [
      "return pixel + dynamics,", test_losses_by_hand, {}),
     ("LAM compared with the frame it saw", "frames[:, 1:].float())", "frames[:, :-1].float())",
      test_losses_by_hand, {}),
-    ("weight decay forgotten", "weight_decay=self.c.weight_decay, ", "",
+    ("weight decay forgotten", "weight_decay=c.weight_decay, ", "",
      test_optimizer_is_the_one_asked_for, {}),
     ("twice the learning rate", '["lr"] = lr = learning_rate(', '["lr"] = lr = 2 * learning_rate(',
      test_optimizer_is_the_one_asked_for, {}),
@@ -2598,10 +2787,20 @@ BUGS = [
      "self.tokens[picks, :length]", test_tokens_are_computed_once, {}),
     ("tokens of other sequences", "self.tokens[picks, first", "self.tokens[:len(picks), first",
      test_tokens_are_computed_once, {}),
-    ("gradients of micro-batches added up", "(loss / len(parts)).backward()", "loss.backward()",
+    ("gradients of micro-batches added up", "(loss * share).backward()", "loss.backward()",
      test_micro_batches_equal_one_big_batch, {"stage": 0}),
     ("codebook learns from one micro-batch", "self.seen.append((flat, indices))",
      "self.seen = [(flat, indices)]", test_micro_batches_equal_one_big_batch, {"stage": 1}),
+    ("micro-batches weigh the same whatever their size", "share = len(chosen) / c.batch",
+     "share = self.micro / c.batch", test_micro_batch_auto, {"stage": 0}),
+    ("micro_batch auto takes all", "share * need / free", "need / free", test_micro_batch_auto,
+     {"stage": 1}),
+    ("fused attention sees the future", "is_causal=True", "is_causal=False",
+     test_both_ways_of_attention_agree, {"layer": "time", "shape": (2, 5, 4, 16)}),
+    ("nearest code by bfloat16", "torch.autocast(z.device.type, enabled=False)",
+     "torch.autocast(z.device.type, torch.bfloat16)", test_codebook_is_float32_under_autocast, {}),
+    ("fused attention costs nothing", 'with_attention("written out", work)\n    return',
+     "work()\n    return", test_float_operations_are_counted, {}),
     ("no warm-up", "warm = min(1.0, (step + 1) / max(1, c.warmup))", "warm = 1.0",
      test_learning_rate, {}),
     ("cosine over the warm-up too", "max(0, step - c.warmup)", "step", test_learning_rate, {}),
@@ -3139,7 +3338,7 @@ def test_shipped_checkpoint_knows_its_buttons(demo_file):
     assert result["wrong_pixels"] < 0.2 * result["copy_wrong_pixels"]
 
 
-def test_bench_command(tmp_path):
+def test_bench_command(tmp_path, capsys):
     """Failing means that bench is broken, or that the cache it times is not exact."""
     out = tmp_path / "bench.json"
     assert genie_mini.main(["bench", "--preset", "smoke", "--json", str(out)]) == 0
@@ -3147,14 +3346,51 @@ def test_bench_command(tmp_path):
     assert set(result) == {"doctor", "train", "play", "memory", "machine"}
     assert result["doctor"]["ok"] and result["doctor"]["max_abs_diff_cpu"] < 0.01
     for stage in ("tokenizer", "world"):
-        assert set(result["train"][stage]) == {"sequences_per_s", "mfu"}
-        assert result["train"][stage]["sequences_per_s"] > 0
-        assert 0 < result["train"][stage]["mfu"] < 2
+        row = result["train"][stage]
+        assert set(row) == {"sequences_per_s", "sequences_per_s_range", "mfu", "gflop",
+                            "speedup_over_baseline", "micro_batch"}
+        assert 0 < row["sequences_per_s_range"][0] <= row["sequences_per_s"]
+        assert 0 < row["mfu"] < 2 and row["gflop"] > 0 and row["speedup_over_baseline"] > 0
     play = result["play"]
-    assert set(play) == {"fps", "fps_uncached", "speedup", "max_abs_diff"}
+    assert {"fps", "fps_range", "fps_uncached", "mfu", "speedup", "max_abs_diff"} <= set(play)
     assert play["fps"] > 0 and play["speedup"] == pytest.approx(play["fps"] / play["fps_uncached"])
     assert play["max_abs_diff"] < 1e-4
     assert result["memory"]["peak_gib"] is None or result["memory"]["peak_gib"] > 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and {line.count("|") for line in table} == {6}, "Markdown"
+
+
+def test_bench_memory(capsys):
+    """Failing means that README's table of memory cannot be made again."""
+    assert genie_mini.main("bench --memory --preset smoke --micro_batch 2".split()) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " GiB |" in line]
+    assert [row.split("|")[1:3] for row in rows] == [[" tokenizer ", " 2 "], [" world ", " 2 "]]
+
+
+def block_flops(T, side, D, full):
+    """Float operations of training one block on one clip of T frames of side x side patches. Full
+    attention is space attention in which all patches of the clip stand in one large frame."""
+    side, T = (math.isqrt(T) * side, 1) if full else (side, T)
+    with torch.device("meta"):                           # shapes without numbers: to count is free
+        block = genie_mini.STBlock(D, 4, side, not full, False)
+        x = torch.empty(1, T, side ** 2, D)
+    return genie_mini.count_flops(lambda: block(x, None)[0].sum().backward())
+
+
+def test_cost_grows_with_frames_as_readme_says():
+    """Failing means that the cost of ST-attention does not grow in proportion to the frames, that
+    the comparison with full attention is not of the same patches, or README's table is another."""
+    # A product of (a, b) and (b, c) is 2abc; backward twice that. Space's projections and the
+    # feed-forward network are 12 D x D products a patch, time's projections 4, a pair of patches 2.
+    D, N = 16, 16
+    for T in (1, 4, 16):
+        assert block_flops(T, 4, D, True) == 6 * (12 * T * N * D * D + 2 * (T * N) ** 2 * D)
+        assert block_flops(T, 4, D, False) == 6 * (
+            16 * T * N * D * D + 2 * T * N * N * D + 2 * N * T * T * D), "not (T * N)^2"
+    readme = (Path(genie_mini.__file__).parent / "README.md").read_text("utf-8")
+    for name, full in (("ST-attention", False), ("full attention", True)):
+        cells = [f"{block_flops(T, 16, 128, full) / 1e9:.3g}" for T in (1, 4, 16)]
+        assert f"| {name}, GFLOP | {' | '.join(cells)} |" in readme
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -3181,7 +3417,6 @@ def test_bench_command(tmp_path):
     ("train --data D --preset smoke --lam_patch 7", "must divide 64"),
     ("train --data D --preset smoke --dyn_fold 3", "must divide 16"),
     ("train --data D --preset smoke --lam_time false", "needs --lam_input diff"),
-    ("train --data D --preset smoke --micro_batch 3", "multiple of --micro_batch"),
     ("train --data none.npz --preset smoke", "none.npz"),
     ("train --data text.npz --preset smoke", "text.npz"),
     ("train --data . --preset smoke", "."),
@@ -3203,6 +3438,8 @@ def test_bench_command(tmp_path):
     ("eval --run RUN --temperature -1", "must be a number from 0"),
     ("eval --run RUN --json text.npz/x.json", "cannot write in"),
     ("bench --preset smoke --json x.txt", "must end in .json"),
+    ("train --data D --preset smoke --micro_batch some", "--micro_batch"),
+    ("train --data D --preset smoke --micro_batch -1", "--micro_batch is -1"),
     ("play --run RUN --actions 8", "0 to 7"),
     ("play --run RUN --actions -1", "0 to 7"),
     ("play --run RUN --actions 0,-1", "0 to 7"),
