@@ -2132,7 +2132,8 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     good = (tmp_path / "checkpoint.pt").read_bytes()
     for loss, norm in ((math.nan, 1.0), (2000.0, 1.0), (1.0, math.inf), (1.0, math.nan)):
         with pytest.raises(gm.UserError, match="broke down at step 1 of stage tokenizer"):
-            trainer.check_health(loss, norm, [3, 4])
+            trainer.picks = [3, 4]
+            trainer.check_health(loss, norm)
     before = weights_of(trainer.genie)
     with torch.no_grad():
         trainer.genie.tokenizer.embed.weight.fill_(math.nan)
@@ -2433,7 +2434,7 @@ def spoil(contents, kind, folder):
     elif kind == "on meta":
         weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].to("meta")
     elif kind == "other type":
-        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].double()
+        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].long()
     elif kind == "names for weights":
         contents["model"] = dict.fromkeys(weights, "a name")
     elif kind == "rows":
@@ -2644,8 +2645,8 @@ BUGS = [
      test_straight_through_gradient, {}),
     ("codes never updated", "self.ema_sum[moved] / self.ema_count[moved, None]",
      "self.codebook[moved]", test_codes_follow_a_moving_average, {}),
-    ("decay the wrong way round", "self.ema_count.mul_(self.decay).add_(chosen.sum(0), alpha=1 -",
-     "self.ema_count.mul_(1 - self.decay).add_(chosen.sum(0), alpha=2 * self.decay - 1 + 1 -",
+    ("decay the wrong way round", "self.ema_count.mul_(self.decay).add_(count, alpha=1 -",
+     "self.ema_count.mul_(1 - self.decay).add_(count, alpha=2 * self.decay - 1 + 1 -",
      test_codes_follow_a_moving_average, {}),
     ("only the last micro-batch learned", "self.seen.append((flat, indices))",
      "self.seen = [(flat, indices)]", test_codes_follow_a_moving_average, {}),
@@ -2659,7 +2660,7 @@ BUGS = [
      PICK.replace("weight", "torch.ones_like(weight)"), test_start_picks_distinct_vectors, {}),
     ("live code copied", "if weight.sum() == 0:\n                return",
      "weight += 1e-9", test_dead_code_never_copies_a_live_one, {}),
-    ("codebook starts on one batch", "z if more is None else more()", "z",
+    ("codebook starts on one batch", "gather_over_ranks(z) if more is None else more()", "z",
      test_codebook_starts_on_the_whole_training_set, {}),
     ("codebook starts at once", "if self.steps >= self.unquantized:", "if True:",
      test_quantizer_lets_everything_through_until_it_starts, {}),
@@ -2783,10 +2784,10 @@ BUGS = [
     ("walls of the dream itself", "(made & walls).sum", "made.sum",
      test_a_long_dream_is_judged_frame_by_frame, {}),
     ("arrows the wrong way round", "(new - old)[", "(old - new)[", test_motion_of_a_button, {}),
-    ("tokens of the beginning of the sequence", "self.tokens[picks, first:first + length]",
-     "self.tokens[picks, :length]", test_tokens_are_computed_once, {}),
-    ("tokens of other sequences", "self.tokens[picks, first", "self.tokens[:len(picks), first",
-     test_tokens_are_computed_once, {}),
+    ("tokens of the beginning of the sequence", "self.tokens[self.picks, first:first + length]",
+     "self.tokens[self.picks, :length]", test_tokens_are_computed_once, {}),
+    ("tokens of other sequences", "self.tokens[self.picks, first",
+     "self.tokens[:len(self.picks), first", test_tokens_are_computed_once, {}),
     ("gradients of micro-batches added up", "(loss * share).backward()", "loss.backward()",
      test_micro_batches_equal_one_big_batch, {"stage": 0}),
     ("codebook learns from one micro-batch", "self.seen.append((flat, indices))",
@@ -2856,7 +2857,7 @@ BUGS = [
     ("a checkpoint's weights not compared", "{n: kind(t) for n, t in wanted.items()} !=",
      "None ==", test_bad_checkpoint, {"kind": "other type"}),
     ("a checkpoint may claim a model larger than itself",
-     "sum(t.nbytes for t in wanted.values()) > size", "False", test_bad_checkpoint,
+     "sum(t.nbytes for t in wanted.values()) > 2 * size", "False", test_bad_checkpoint,
      {"kind": "spread thin"}),
     ("checksums not looked at", "if archive.testzip():", "if False:", test_bad_checkpoint,
      {"kind": "bit"}),
