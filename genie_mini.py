@@ -1879,9 +1879,10 @@ def save_checkpoint(path, contents):
 
 
 def kind(tensor):
-    """What two tensors must share for one to be copied onto the other (of any precision)."""
-    return type(tensor) is torch.Tensor and (tensor.shape, tensor.is_floating_point(),
-                                             tensor.layout)
+    """What two tensors must share for one to be copied onto the other. Weights may be shared in
+    half precision, so that any floating-point type fits any other."""
+    return type(tensor) is torch.Tensor and (
+        tensor.shape, tensor.layout, tensor.is_floating_point() or tensor.dtype)
 
 
 def finite(tensors):
@@ -1922,8 +1923,8 @@ def check_contents(checkpoint, size):
     with torch.device("meta"):                                          # shapes without memory
         wanted = Genie(config).state_dict()
     weights = checkpoint["model"]
-    if sum(t.nbytes for t in wanted.values()) > 2 * size or (           # it may hold half floats
-            {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}):
+    if {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()} or (
+            sum(t.nbytes for t in weights.values()) > size):
         raise UserError("its weights do not fit its own config")
     if not finite(weights.values()):
         raise UserError("its weights hold NaN or infinity")
@@ -1957,7 +1958,7 @@ def read_checkpoint(path):
                         f" ({type(error).__name__}); train again or use another file") from None
     try:
         checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
-    except (UserError, ValueError) as error:         # ValueError: a number too long to print
+    except (UserError, ValueError, RuntimeError) as error:     # numbers too long, types too odd
         raise UserError(f"{path} cannot be used: {error}; train again or use another file"
                         ) from None
     return checkpoint
