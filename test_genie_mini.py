@@ -2425,8 +2425,8 @@ def spoil(contents, kind, folder):
         config["dyn_layers"] = 1_000_000
     elif kind == "number too long":
         config["lr"], config["batch"] = 1e-3, 10 ** 400
-    elif kind == "spread thin":                       # a gigabyte in shape, one number in the file
-        config["tok_dim"] = config["lam_dim"] = config["dyn_dim"] = 4096
+    elif kind == "spread thin":               # hundreds of MB in shape, one number each in the file
+        config["tok_dim"] = config["lam_dim"] = config["dyn_dim"] = 1024
         with torch.device("meta"):
             wanted = genie_mini.Genie(genie_mini.Config(**config)).state_dict()
         contents["model"] = {name: torch.zeros((), dtype=t.dtype).expand(t.shape)
