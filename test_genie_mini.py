@@ -1092,8 +1092,9 @@ def test_quantizer_lets_everything_through_until_it_starts(gm=genie_mini):
         assert (quantized == z).all() and loss == 0
         quantizer.update(gm.seeded(0))
     assert quantizer.started
-    for code in quantizer.codebook:
-        assert (z == code).all(1).any(), "each code starts on an encoder output"
+    nearest = quantizer.squared_distances(z).argmin(dim=1)
+    for code in nearest.unique():
+        assert close(quantizer.codebook[code], z[nearest == code].mean(dim=0)), "in their middle"
 
 
 def test_start_picks_distinct_vectors(gm=genie_mini):
@@ -1110,6 +1111,24 @@ def test_start_picks_distinct_vectors(gm=genie_mini):
     quantizer(torch.tensor([[3.0, 3.0]] * 1000 + others))
     quantizer.update(gm.seeded(1))
     assert close(quantizer.codebook, start), "the moving average starts there, too"
+
+
+def test_no_two_clusters_share_a_code_at_the_start(gm=genie_mini):
+    """Failing means that the codebook starts as k-means++ leaves it: when the draw is unlucky, two
+    actions get one code and a third gets two, and training hardly ever mends that."""
+    bad = 0
+    for seed in range(20):
+        generator = gm.seeded(seed)
+        centres = 4 * torch.randn(6, 3, generator=generator)
+        z = (centres + 0.3 * torch.randn(200, 6, 3, generator=generator)).flatten(0, 1)
+        quantizer = gm.VectorQuantizer(8, 3, 0.99, 100, 0.25, 1)
+        quantizer.start(z, generator)
+        nearest = quantizer.squared_distances(z).argmin(dim=1)
+        means = torch.stack([z[nearest == code].mean(dim=0) for code in nearest.unique()])
+        assert close(quantizer.codebook[nearest.unique()], means, 0.1), "codes lie in the middle"
+        assert (quantizer.ema_sum == quantizer.codebook).all() and (quantizer.ema_count == 1).all()
+        bad += len(torch.cdist(centres, quantizer.codebook).argmin(dim=1).unique()) < 6
+    assert bad == 0
 
 
 def test_codebook_starts_on_the_whole_training_set(demo_file, tmp_path, gm=genie_mini):
@@ -2668,6 +2687,8 @@ BUGS = [
      "weight += 1e-9", test_dead_code_never_copies_a_live_one, {}),
     ("codebook starts on one batch", "gather_over_ranks(z) if more is None else more()", "z",
      test_codebook_starts_on_the_whole_training_set, {}),
+    ("k-means without its rounds", "for _ in range(rounds):", "for _ in range(0):",
+     test_no_two_clusters_share_a_code_at_the_start, {}),
     ("codebook starts at once", "if self.steps >= self.unquantized:", "if True:",
      test_quantizer_lets_everything_through_until_it_starts, {}),
     ("a re-seeded code is dragged back", "self.ema_sum[code] = self.codebook[code]", "pass",
