@@ -470,7 +470,8 @@ def unpatchify(x, patch):
 # The classic failure is collapse: a few codes win everything and the others never move again. Two
 # measures against it, both by the D^2 rule of k-means++ (pick a vector with probability in
 # proportion to its squared distance from the nearest code, so a copy of a live code never wins):
-# the codebook starts by k-means on encoder outputs, and a code that nobody chose for long is re-seeded.
+# the codebook starts by k-means on encoder outputs, and a code that nobody chose for long is
+# re-seeded.
 
 
 class VectorQuantizer(nn.Module):
