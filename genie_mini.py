@@ -170,7 +170,7 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # A 2-core laptop, some 30 minutes: narrow, shallow, with every departure that helps.
+    # For a 2-core laptop: narrow, shallow, with every departure that helps.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
@@ -325,6 +325,7 @@ class SpatialAttention(nn.Module):
             bias[0, head] = strength * torch.cat([turn.cos(), -turn.sin()])
 
     def forward(self, x):
+        """x (B, T, N, D) -> the same shape: each position a mixture of its frame's values."""
         B, T, N, D = x.shape
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, BT, h, N, e)
@@ -531,8 +532,7 @@ class VectorQuantizer(nn.Module):
                 z = gather_over_ranks(z) if more is None else more()
                 self.start(self.some(z, generator), generator)
             return
-        chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
-        count, total = chosen.sum(0), chosen.T @ z                      # (K,), (K, L)
+        count, total = self.totals(z, indices)                          # (K,), (K, L)
         sum_over_ranks([count, total])                                  # of the whole batch
         self.ema_count.mul_(self.decay).add_(count, alpha=1 - self.decay)
         self.ema_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
@@ -542,6 +542,11 @@ class VectorQuantizer(nn.Module):
         dead = (self.idle >= self.dead_after).nonzero()[:, 0]
         if len(dead):
             self.reseed(self.some(gather_over_ranks(z), generator), dead, generator)
+
+    def totals(self, z, indices):
+        """How many of the vectors z (M, L) chose each code, (K,), and their sum, (K, L)."""
+        chosen = F.one_hot(indices, len(self.codebook)).float()         # (M, K)
+        return chosen.sum(0), chosen.T @ z
 
     @staticmethod
     def some(z, generator, most=4096):
@@ -561,9 +566,9 @@ class VectorQuantizer(nn.Module):
         self.reseed(z, torch.arange(1, len(self.codebook)), generator)
         for _ in range(rounds):
             nearest = self.squared_distances(z).argmin(dim=1)           # (M,)
-            chosen = F.one_hot(nearest, len(self.codebook)).float()     # (M, K)
-            mean = chosen.T @ z / chosen.sum(0)[:, None]                # (K, L), NaN if none chose
-            self.codebook.copy_(torch.where(mean.isnan(), self.codebook, mean))
+            count, total = self.totals(z, nearest)                      # (K,), (K, L)
+            moved = count > 0                                           # (K,)
+            self.codebook[moved] = total[moved] / count[moved, None]
         self.ema_sum.copy_(self.codebook)                               # as if each had been chosen
         self.ema_count.fill_(1)                                         # once
         self.started.fill_(True)
@@ -1385,6 +1390,7 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     marginal = torch.bincount(chosen.flatten(), minlength=genie.config.num_actions).float()
 
     def work(x, i):
+        """Wrong pixels of a batch: 4 rollouts (B, 15 or t), 2 one-step runs and copying (B, 15)."""
         inferred = genie.lam.encode(x)[1]                               # (B, 15)
         draw = [torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
                 for weights in ((marginal > 0).float(), marginal)]
@@ -1853,7 +1859,9 @@ def bench(args):
     device = pick_device(config.device)
     if args.memory:
         return bench_memory(config)
-    result = {"doctor": doctor(device),
+    health = doctor(device)
+    print("doctor", json.dumps(health), flush=True)
+    result = {"doctor": health,
               "train": bench_training(config, device), "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},
               "machine": {"device": str(device), "threads": torch.get_num_threads(),

@@ -3371,8 +3371,9 @@ def test_bench_command(tmp_path, capsys):
     """Failing means that bench is broken, or that the cache it times is not exact."""
     out = tmp_path / "bench.json"
     assert genie_mini.main(["bench", "--preset", "smoke", "--json", str(out)]) == 0
-    result = json.loads(out.read_text(encoding="utf-8"))
+    result, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
     assert set(result) == {"doctor", "train", "play", "memory", "machine"}
+    assert f'doctor {json.dumps(result["doctor"])}' in printed
     assert result["doctor"]["ok"] and result["doctor"]["max_abs_diff_cpu"] < 0.01
     for stage in ("tokenizer", "world"):
         row = result["train"][stage]
@@ -3385,7 +3386,7 @@ def test_bench_command(tmp_path, capsys):
     assert play["fps"] > 0 and play["speedup"] == pytest.approx(play["fps"] / play["fps_uncached"])
     assert play["max_abs_diff"] < 1e-4
     assert result["memory"]["peak_gib"] is None or result["memory"]["peak_gib"] > 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(table) == 5 and {line.count("|") for line in table} == {6}, "Markdown"
 
 
