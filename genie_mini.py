@@ -47,6 +47,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -238,6 +239,10 @@ class Sequences:
 
     def __len__(self):
         return len(self.bits)
+
+    def checksum(self):
+        """Of every pixel: a run can be resumed on the video that it began on, wherever that is."""
+        return zlib.crc32(np.ascontiguousarray(self.bits))
 
     def frames(self, indices, first=0, length=CLIP):
         """Sequences `indices` from frame `first`: (B, length, 64, 64) uint8 of 0 and 1."""
@@ -1203,8 +1208,8 @@ class Trainer:
                             f" {self.out} keeps its last good checkpoint; try a lower --lr")
         save_checkpoint(self.out / "checkpoint.pt", {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
-            "stage": self.stage, "step": self.step, "rows": self.rows,
-            "model": self.genie.state_dict(),
+            "data_checksum": self.train_set.checksum(), "stage": self.stage, "step": self.step,
+            "rows": self.rows, "model": self.genie.state_dict(),
             "optimizer": self.optimizer.state_dict() if self.models else None})
 
     def resume(self, checkpoint):
@@ -1212,6 +1217,9 @@ class Trainer:
 
         Of the optimizer it takes the moments; the settings are those of the config.
         """
+        if checkpoint["data_checksum"] != self.train_set.checksum():
+            raise UserError(f"{self.data} is not the video that this run began on: name that one"
+                            " with --data, or start another run with another --out")
         self.genie.load_state_dict(checkpoint["model"])
         self.enter_stage(checkpoint["stage"])
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
@@ -1925,8 +1933,8 @@ def check_contents(checkpoint, size):
 
     Nothing that the file declares is built or allocated before it is known to be in the file.
     """
-    types = {"version": int, "config": dict, "data": str, "stage": int, "step": int, "rows": list,
-             "model": dict, "optimizer": (dict, type(None))}
+    types = {"version": int, "config": dict, "data": str, "data_checksum": int, "stage": int,
+             "step": int, "rows": list, "model": dict, "optimizer": (dict, type(None))}
     if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
             checkpoint["version"] != VERSION):
         raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")

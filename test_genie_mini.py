@@ -2413,8 +2413,8 @@ def good_checkpoint(gm):
     """The contents of a checkpoint, as Trainer.save writes them."""
     c = tiny(gm)
     return {"version": gm.VERSION, "config": gm.dataclasses.asdict(c), "data": "demo.npz",
-            "stage": 2, "step": 0, "rows": [], "model": gm.Genie(c).state_dict(),
-            "optimizer": None}
+            "data_checksum": 0, "stage": 2, "step": 0, "rows": [],
+            "model": gm.Genie(c).state_dict(), "optimizer": None}
 
 
 def spoil(contents, kind, folder):
@@ -3261,6 +3261,23 @@ def test_resume_command(workspace, tmp_path, capsys):
     for name in ("metrics.csv", "eval.json"):
         assert (run / name).read_bytes() == (workspace / "run" / name).read_bytes()
     assert "tokenizer 1/6" not in capsys.readouterr().out
+
+
+def test_resume_wants_the_same_video(workspace, tmp_path, capsys):
+    """Failing means that a run is resumed on another video than it began on, perhaps one that was
+    prepared anew under the same name, or not on the same one in another place."""
+    run, data = tmp_path / "run", tmp_path / "moved.npz"
+    shutil.copytree(workspace / "run", run)
+    command = ["train", "--resume", "--out", str(run), "--data", str(data)]
+    shutil.copy(workspace / "walk.npz", data)
+    assert genie_mini.main(command) == 0
+    arrays = dict(np.load(data, allow_pickle=False))
+    arrays["train"][-1, -1, -1, -1] ^= 1                           # one pixel of the last frame
+    np.savez(data, **arrays)
+    before = (run / "checkpoint.pt").read_bytes()
+    assert genie_mini.main(command) == 2
+    assert "is not the video that this run began on" in capsys.readouterr().err
+    assert (run / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
