@@ -147,7 +147,9 @@ class Config:
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
     micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
                                " gradient is the same")
-    tok_frames: int = setting(16, "frames of each sequence that stage 1 sees", low=1, high=CLIP)
+    tok_frames: int = setting(16, "frames of each sequence that stage 1 sees (departure: without"
+                              " tok_time one will do, since the next are nearly the same)", low=1,
+                              high=CLIP)
     dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees, so the memory of play"
                               " plus one (departure: given much past, it guesses the action from"
                               " the motion so far and obeys the button less)", low=2, high=CLIP)
@@ -173,7 +175,7 @@ PRESETS = {
     "full": {},
     # For a 2-core laptop: narrow, shallow, with every departure that helps.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_time=False, tok_frames=2, tok_steps=500,
+        tok_dim=64, tok_layers=2, tok_time=False, tok_frames=1, tok_steps=1000,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
         lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
         dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, neighbour_start=True,
