@@ -2269,14 +2269,25 @@ def test_lam_is_compared_with_copying(demo_file, gm=genie_mini):
 
 
 def test_tokenizer_is_scored_by_hand(demo_file, gm=genie_mini):
-    """Failing means that reconstructions are scored wrongly: one that is white all over."""
+    """Failing means that reconstructions are scored wrongly: one that is white all over, and one
+    that is right but for every fortieth frame, which must show in the 99th percentile."""
     genie, data = tiny_genie(gm), gm.Sequences(demo_file, "val")
     tokens = torch.arange(4)
     genie.tokenizer.forward = lambda x: (torch.ones(x.shape), tokens, 0)
     result = gm.evaluate_tokenizer(genie, data, np.arange(len(data)))
-    white = dp.unpack(data.bits).mean()
-    assert result == pytest.approx({"wrong_pixels": 4096 * (1 - white), "iou": white,
-                                    "codes_used": 4, "perplexity": 4.0})
+    frames = dp.unpack(data.bits)
+    black = (1 - frames.astype(int)).sum((2, 3))
+    assert result == pytest.approx({
+        "wrong_pixels": black.mean(), "wrong_pixels_p99": np.percentile(black, 99),
+        "iou": frames.mean(), "codes_used": 4, "perplexity": 4.0})
+
+    def rarely(x):
+        drawn = x.float() - 0.5
+        drawn.view(-1, 64, 64)[::40] *= -1
+        return drawn, tokens, 0
+    genie.tokenizer.forward = rarely
+    result = gm.evaluate_tokenizer(genie, data, np.arange(len(data)))
+    assert result["wrong_pixels_p99"] == 4096 and 0 < result["wrong_pixels"] < 4096 / 20
 
 
 @torch.no_grad()
@@ -2980,7 +2991,7 @@ def workspace(tmp_path_factory):
 
 
 FIELDS = {
-    "tokenizer": {"wrong_pixels", "iou", "codes_used", "perplexity"},
+    "tokenizer": {"wrong_pixels", "wrong_pixels_p99", "iou", "codes_used", "perplexity"},
     "lam": {"wrong_pixels", "copy_wrong_pixels", "actions_used", "perplexity", "nmi", "accuracy",
             "accuracy_chance"},
     "dynamics": {"psnr_inferred", "psnr_random", "delta_psnr", "delta_psnr_null",
