@@ -244,7 +244,7 @@ class Sequences:
 
     def checksum(self):
         """Of every pixel: a run can be resumed on the video that it began on, wherever that is."""
-        return zlib.crc32(np.ascontiguousarray(self.bits))
+        return zlib.crc32(self.bits)
 
     def frames(self, indices, first=0, length=CLIP):
         """Sequences `indices` from frame `first`: (B, length, 64, 64) uint8 of 0 and 1."""
@@ -561,7 +561,7 @@ class VectorQuantizer(nn.Module):
         return z[torch.randperm(len(z), generator=generator)[:most].to(z.device)]
 
     @torch.no_grad()
-    def start(self, z, generator, rounds=10):
+    def start(self, z, generator):
         """k-means: the first code is a random vector of z (M, L), the rest come by the D^2 rule
         (k-means++); then, ten times, each code moves to the mean of the vectors nearest to it.
 
@@ -571,7 +571,7 @@ class VectorQuantizer(nn.Module):
         first = torch.randint(len(z), (1,), generator=generator)
         self.codebook[:] = z[first.to(z.device)]
         self.reseed(z, torch.arange(1, len(self.codebook)), generator)
-        for _ in range(rounds):
+        for _ in range(10):
             nearest = self.squared_distances(z).argmin(dim=1)           # (M,)
             count, total = self.totals(z, nearest)                      # (K,), (K, L)
             moved = count > 0                                           # (K,)
