@@ -169,6 +169,10 @@ class Config:
                                " (in an order that is still drawn)")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
                                  " annealed to 0 (as in MaskGIT's code); large = random order")
+    mask_schedule: str = setting("cosine", "how many tokens are still masked after each pass;"
+                                 " convex = (1 - progress)^3 of them (departure: most of a frame is"
+                                 " certain and goes at once, so the last passes have the doubts to"
+                                 " themselves)", options=("cosine", "convex"))
 
 
 PRESETS = {
@@ -178,8 +182,9 @@ PRESETS = {
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=1, tok_steps=1000,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
         lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, neighbour_start=True,
-        batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
+        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, order_noise=0.5,
+        mask_schedule="convex", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
+        min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
@@ -787,8 +792,8 @@ class DynamicsModel(nn.Module):
         """Draw the frame that follows the cache. action (B, L) -> tokens (B, N); cache unchanged.
 
         Each pass samples every masked token and commits those it is surest of; how many stay
-        masked falls along a cosine, slowly at first (MaskGIT, section 3.2). A committed token
-        is never changed.
+        masked falls along a cosine, slowly at first (MaskGIT, section 3.2), or along a convex
+        curve, fast at first. A committed token is never changed.
         """
         B, N = len(action), self.tokens_per_frame
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
@@ -801,11 +806,15 @@ class DynamicsModel(nn.Module):
             progress = (step + 1) / c.maskgit_steps
             order_noise = gumbel(surety.shape, generator).to(logits.device)
             surety = surety + c.order_noise * (1 - progress) * order_noise
-            stay = math.floor(N * math.cos(math.pi / 2 * progress))     # 0 after the last pass
+            convex = c.mask_schedule == "convex"
+            share = (1 - progress) ** 3 if convex else math.cos(math.pi / 2 * progress)
+            stay = math.floor(N * share)
             best = surety.masked_fill(~masked, -torch.inf).topk(left - stay, dim=-1).indices
             tokens.scatter_(-1, best, guess.gather(-1, best))
             masked.scatter_(-1, best, False)
             left = stay
+            if left == 0:                                               # all are committed
+                break
         return tokens[:, 0]
 
 
@@ -2021,7 +2030,8 @@ def newest_checkpoint(path):
 
 DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
-SAMPLING = ("maskgit_steps", "temperature", "order_noise")    # a trained run may be sampled anew
+SAMPLING = ("maskgit_steps", "temperature", "order_noise",      # a trained run may be
+            "mask_schedule")                                    # sampled anew
 
 
 def checkpoint_path(run):

@@ -1214,21 +1214,25 @@ def started_cache(gm, genie, B=2):
 
 
 @pytest.mark.maskgit
+@pytest.mark.parametrize("schedule", ["cosine", "convex"])
 @pytest.mark.parametrize("steps", [1, 4, 10])
-def test_maskgit_commits_each_token_once(steps, gm=genie_mini):
+def test_maskgit_commits_each_token_once(steps, schedule, gm=genie_mini):
     """Failing means that decided tokens are changed or forgotten, or decided in the wrong number:
     frames would be made of parts that do not fit each other.
 
-    After pass i of S, floor(16 cos(pi/2 i/S)) of the 16 tokens are still masked.
+    After pass i of S, floor(16 cos(pi/2 i/S)) of the 16 tokens are still masked, or
+    floor(16 (1 - i/S)^3); when none is, there is no further pass.
     """
-    genie = tiny_genie(gm, maskgit_steps=steps)
+    genie = tiny_genie(gm, maskgit_steps=steps, mask_schedule=schedule)
     cache = started_cache(gm, genie)
     passes = watch(genie.dynamics)
     with torch.no_grad():
         final = genie.dynamics.sample(cache, torch.randn(2, 4), genie.config, gm.seeded(0))
-    assert len(passes) == steps and passes[0][1].all()
-    for i, (tokens, masked) in enumerate(passes):
-        still = math.floor(16 * math.cos(math.pi / 2 * i / steps))
+    cosine = [math.floor(16 * math.cos(math.pi / 2 * i / steps)) for i in range(steps)]
+    convex = {1: [16], 4: [16, 6, 2], 10: [16, 11, 8, 5, 3, 2, 1]}[steps]
+    expected = cosine if schedule == "cosine" else convex
+    assert len(passes) == len(expected) and passes[0][1].all()
+    for i, ((tokens, masked), still) in enumerate(zip(passes, expected)):
         assert (masked.sum(-1) == still).all(), f"pass {i}"
         assert (tokens[~masked] == final[:, None][~masked]).all(), "a decided token changed"
         if i > 0:
@@ -2725,13 +2729,17 @@ BUGS = [
     ("sampling ignores the seed", "rand(shape, generator=generator)", "rand(shape)",
      test_sampling_follows_the_seed, {}),
     ("tokens decided twice", "surety.masked_fill(~masked, -torch.inf).topk", "surety.topk",
-     test_maskgit_commits_each_token_once, {"steps": 4}),
+     test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "cosine"}),
     ("decided tokens not written", "tokens.scatter_(-1, best, guess.gather(-1, best))",
      "pass", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
     ("all tokens written in each pass", "tokens.scatter_(-1, best, guess.gather(-1, best))",
      "tokens = guess", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
-    ("a line, not a cosine", "N * math.cos(math.pi / 2 * progress)", "N * (1 - progress)",
-     test_maskgit_commits_each_token_once, {"steps": 4}),
+    ("a line, not a cosine", "else math.cos(math.pi / 2 * progress)", "else (1 - progress)",
+     test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "cosine"}),
+    ("always the cosine", "if convex else", "if False else",
+     test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "convex"}),
+    ("passes with nothing left to commit", "if left == 0:", "if False:",
+     test_maskgit_commits_each_token_once, {"steps": 10, "schedule": "convex"}),
     ("least sure first", "surety = logits.log_softmax(-1)", "surety = -logits.log_softmax(-1)",
      test_maskgit_commits_the_surest_first, {}),
     ("cache not committed", "if commit:", "if False:", test_cached_dynamics_equals_uncached, {}),
@@ -3055,10 +3063,11 @@ def test_eval_command(workspace, tmp_path, capsys):
 
 def test_a_run_can_be_sampled_anew(workspace, tmp_path):
     """Failing means that eval and play ignore the sampling settings that they are given."""
-    flags = "--temperature 0.25 --order_noise 0 --maskgit_steps 3".split()
+    flags = "--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule convex".split()
     args = genie_mini.build_parser().parse(["eval", "--run", str(workspace / "run"), *flags])
     config = genie_mini.load_run(args).config
-    assert (config.temperature, config.order_noise, config.maskgit_steps) == (0.25, 0, 3)
+    assert (config.temperature, config.order_noise, config.maskgit_steps,
+            config.mask_schedule) == (0.25, 0, 3, "convex")
     made = [gif_frames(play_command(workspace, tmp_path / f"{t}.gif", "--actions", "0,1,2,3",
                                     "--temperature", str(t))) for t in (0, 50)]
     assert (made[0] != made[1]).any()
@@ -3365,27 +3374,55 @@ def test_readme_shows_the_recorded_numbers(capsys, name, lines):
     assert "\n".join("    " + line for line in known) in readme
 
 
-@pytest.mark.parametrize("stage, title, column", [
-    ("tokenizer", "pixel loss of the tokenizer", "pixel_loss"),
-    ("world", "wrong pixels of the LAM", "val_wrong_pixels"),
-    ("world", "perplexity of the actions", "val_perplexity"),
-    ("world", "dynamics loss", "val_dynamics_loss")])
-def test_readme_shows_the_recorded_progress(stage, title, column):
-    """Failing means that README's table of a run's progress is not that of demo_metrics.csv."""
-    here = Path(genie_mini.__file__).parent
-    lines = (here / "assets" / "demo_metrics.csv").read_text("utf-8").splitlines()
-    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
-    values = {int(row["step"]): row[column] for row in rows if row["stage"] == stage}
-    readme = (here / "README.md").read_text("utf-8").splitlines()
-    shown, = [line for line in readme if line.startswith(f"| {title}")]
-    for cell in shown.split("|")[2:-1]:
-        step, value = re.fullmatch(r" step ([0-9,]+): (.+) ", cell).groups()
-        recorded = values[int(step.replace(",", ""))]
-        if recorded == "":
-            assert value == "not quantized yet"
-        else:
-            digits = len(value.partition(".")[2])
-            assert value == f"{float(recorded):.{digits}f}", step
+ASSETS = Path(genie_mini.__file__).parent / "assets"
+SEEDS = (("demo.json", "demo_metrics.csv"), ("seed1.json", "seed1.csv"), ("seed2.json", "seed2.csv"))
+
+
+def seeds_table():
+    """README's table of the three seeds' evaluations, a line at a time."""
+    runs = [json.loads((ASSETS / name).read_text("utf-8")) for name, _ in SEEDS]
+    for part, name, goal, digits in (
+            ("tokenizer", "wrong_pixels", "≤ 4", 3), ("tokenizer", "iou", "≥ 0.985", 3),
+            ("tokenizer", "codes_used", "≥ 28", 0), ("lam", "wrong_pixels", "≤ 37", 1),
+            ("lam", "accuracy", "≥ 0.90", 3), ("lam", "nmi", "≥ 0.75", 3),
+            ("lam", "perplexity", "≥ 4", 2), ("dynamics", "delta_psnr", "≥ 3", 2),
+            ("dynamics", "delta_psnr_marginal", "≥ 3", 2),
+            ("dynamics", "delta_psnr_null", "within ± 0.3", 2),
+            ("dynamics", "wrong_pixels_inferred", "≤ 37", 1),
+            ("world", "one_hero", "≥ 0.95", 3), ("world", "walls_kept", "1", 3)):
+        values = [run[part][name] for run in runs]
+        spread = np.std(values, ddof=1)
+        cells = [f"{value:.{digits}f}" for value in (*values, np.mean(values), spread)]
+        yield f"| {part}.{name} | {goal} | {' | '.join(cells[:3])} | {cells[3]} ± {cells[4]} |"
+
+
+def progress_table():
+    """README's table of the three seeds' progress: lowest to highest at 10, 50 and 100 %."""
+    runs = []
+    for _, name in SEEDS:
+        lines = (ASSETS / name).read_text("utf-8").splitlines()
+        rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+        runs.append({(row["stage"], int(row["step"])): row for row in rows})
+    for title, stage, column, digits in (
+            ("pixel loss of the tokenizer (train)", "tokenizer", "pixel_loss", 4),
+            ("wrong pixels of the LAM in the next frame (val)", "world", "val_wrong_pixels", 1),
+            ("perplexity of the actions (val)", "world", "val_perplexity", 1),
+            ("dynamics loss, nats a masked token (val)", "world", "val_dynamics_loss", 4)):
+        last, cells = max(step for name, step in runs[0] if name == stage), []
+        for step in (last // 10, last // 2, last):
+            values = [run[stage, step][column] for run in runs]
+            cells.append("not quantized yet" if not all(values) else " to ".join(
+                f"{end(map(float, values)):.{digits}f}" for end in (min, max)))
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("table, lines", [(seeds_table, 13), (progress_table, 4)])
+def test_readme_shows_the_recorded_seeds(table, lines):
+    """Failing means that a number of the three seeds in README is not the one in assets/."""
+    shown = (ASSETS.parent / "README.md").read_text("utf-8").splitlines()
+    first, *rest = table()
+    start = shown.index(first)
+    assert shown[start:start + lines] == [first, *rest]
 
 
 def test_shipped_checkpoint_knows_its_buttons(demo_file):
