@@ -3375,7 +3375,8 @@ def test_readme_shows_the_recorded_numbers(capsys, name, lines):
 
 
 ASSETS = Path(genie_mini.__file__).parent / "assets"
-SEEDS = (("demo.json", "demo_metrics.csv"), ("seed1.json", "seed1.csv"), ("seed2.json", "seed2.csv"))
+SEEDS = (("demo.json", "demo_metrics.csv"), ("seed1.json", "seed1.csv"),
+         ("seed2.json", "seed2.csv"))
 
 
 def seeds_table():
