@@ -69,7 +69,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         for name in COPIED[1:]:
             shutil.copyfile(ROOT / name, args.out / name)
-        (args.out / COPIED[0]).write_text(source, "utf-8", newline="\n")
+        (args.out / COPIED[0]).write_bytes(source.encode("utf-8"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
