@@ -171,8 +171,8 @@ class Config:
                                  " annealed to 0 (as in MaskGIT's code); large = random order")
     mask_schedule: str = setting("cosine", "how many tokens are still masked after each pass;"
                                  " convex = (1 - progress)^3 of them (departure: most of a frame is"
-                                 " certain and goes at once, so the last passes have the doubts to"
-                                 " themselves)", options=("cosine", "convex"))
+                                 " certain and may go at once; fewer heroes break in long dreams)",
+                                 options=("cosine", "convex"))
 
 
 PRESETS = {
