@@ -242,6 +242,28 @@ def test_demo_gaps_are_wide():
             assert all(len(run) == 0 or len(run) >= 3 for run in floor)
 
 
+def test_demo_player_goes_for_the_fish(monkeypatch):
+    """Failing means that the video hardly shows the hero and the fish in each other's way, and a
+    model cannot learn what it is not shown: there most heroes broke in long dreams."""
+    for seed in range(30):                          # a step by that key brings them nearer
+        world = dp.DemoWorld(seed)
+        away = [f - h for f, h in zip(world.fish, world.hero)]
+        step = dp.MOVES[world.fish_key()]
+        assert sum(abs(a - m) for a, m in zip(away, step)) == sum(map(abs, away)) - 1
+        assert abs(np.dot(away, step)) == max(map(abs, away)), "along the longer way"
+    pushes = []
+
+    class Watched(dp.DemoWorld):
+        def step(self, key):
+            target = tuple(h + m for h, m in zip(self.hero, dp.MOVES[key]))
+            pushes.append(self.free[target] and dp.share_a_patch(target, self.fish))
+            return super().step(key)
+
+    monkeypatch.setattr(dp, "DemoWorld", Watched)
+    dp.render_demo(300, 0)
+    assert len(pushes) == 300 * 48 and 0.04 < np.mean(pushes) < 0.09        # 0.017 without
+
+
 # --- windows and splits ----------------------------------------------------------------------
 
 
@@ -1704,6 +1726,15 @@ def test_float_operations_are_counted(gm=genie_mini):
     assert gm.count_flops(lambda: block(x)) == 6 * (81 * 16 * (48 + 16) + 2 * 81 * 81 * 16) * 2
 
 
+def test_bench_counts_as_many_passes_on_both_sides(gm=genie_mini):
+    """Failing means that play with the cache is timed over fewer MaskGIT passes than play without:
+    the cache then looks better than it is."""
+    smoke = {**gm.PRESETS["smoke"], "maskgit_steps": 10}
+    cosine, convex = (gm.bench_play(gm.Config(**smoke, mask_schedule=name), torch.device("cpu"))
+                      for name in ("cosine", "convex"))
+    assert cosine["gflop"] == convex["gflop"]
+
+
 def test_saved_bytes(gm=genie_mini):
     """Failing means that micro_batch auto miscounts what a step keeps in memory."""
     x = torch.zeros(1000, requires_grad=True)
@@ -2848,6 +2879,9 @@ BUGS = [
      "torch.autocast(z.device.type, torch.bfloat16)", test_codebook_is_float32_under_autocast, {}),
     ("fused attention costs nothing", 'with_attention("written out", work)\n    return',
      "work()\n    return", test_float_operations_are_counted, {}),
+    ("a pass less with the cache than without",
+     'config = dataclasses.replace(config, mask_schedule="cosine")', "pass",
+     test_bench_counts_as_many_passes_on_both_sides, {}),
     ("no warm-up", "warm = min(1.0, (step + 1) / max(1, c.warmup))", "warm = 1.0",
      test_learning_rate, {}),
     ("cosine over the warm-up too", "max(0, step - c.warmup)", "step", test_learning_rate, {}),
@@ -2931,6 +2965,8 @@ DATA_BUGS = [
     ("frames by index, not by time", "max(0, math.ceil((now - origin - TOLERANCE) * SOURCE_FPS))",
      "0 if waiting is None else waiting[0] + 1", test_video_shows_the_right_frame_at_every_tick,
      {"name": "25.mp4", "times": steady(25, 8), "rate": 25, "options": {}}),
+    ("a player who never meets the fish", ">= 0.25 else", ">= 0.0 else",
+     test_demo_player_goes_for_the_fish, {}),
     ("black is white", "bright = grey > level", "bright = grey < level",
      test_white_is_white_and_black_is_black, {}),
 ]
@@ -2960,7 +2996,9 @@ def test_planted_bug_is_caught(old, new, test, arguments, demo_file, tmp_path, r
 def test_planted_bug_in_the_data_is_caught(old, new, test, arguments, tmp_path, monkeypatch):
     """Failing means that data_prep.py could be wrong in this way, and no test would say so."""
     monkeypatch.setitem(globals(), "dp", mutant(old, new, dp))
-    given = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(test).parameters else {}
+    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    needs = inspect.signature(test).parameters
+    given = {name: value for name, value in fixtures.items() if name in needs}
     with pytest.raises(AssertionError):
         test(**given, **arguments)
     assert test.__doc__.startswith("Failing means"), "pytest shows it: it must say what to look at"
