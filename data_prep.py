@@ -1020,8 +1020,7 @@ class Window:
     def look_ahead(self):
         """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
         many = self.state.copies(len(self.buttons))
-        frames, _ = self.genie.step(many, self.buttons, self.generator, passes=1)
-        self.futures = frames.cpu().numpy()
+        self.futures = self.genie.sketch(many, self.buttons, self.generator).cpu().numpy()
 
     def tick(self):
         """One frame on: by the button that is held, or by the one that moves things least."""

@@ -901,18 +901,31 @@ class Genie(nn.Module):
         return self.remember(tokens[:, -keep:], actions)
 
     @torch.no_grad()
-    def step(self, state, action, generator=None, passes=None):
+    def step(self, state, action, generator=None):
         """Press a button: action, one whole number below num_actions, or (B,) of them.
 
         Returns frames (B, 64, 64) uint8 of 0/1 (B = 1 after a start from one frame) and the next
         state. The same generator state gives the same frames; without one Genie draws from its own.
-        `passes` are the MaskGIT passes to spend, if not those of the config.
         """
         action = torch.as_tensor(action, device=self.device).expand(len(state.tokens))
         latent = self.lam.quantizer.codebook[action]                    # (B, L)
-        config = dataclasses.replace(self.config, maskgit_steps=passes or self.config.maskgit_steps)
-        tokens = self.dynamics.sample(state.dynamics, latent, config, generator or self.generator)
+        generator = generator or self.generator
+        tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
         return self.observe(state, tokens, latent)
+
+    @torch.no_grad()
+    def sketch(self, state, actions, generator):
+        """What step might show, at a tenth of the cost: one MaskGIT pass, and nothing remembered.
+
+        actions (B,) whole numbers -> frames (B, 64, 64) uint8 of 0/1. (Where step begins a new
+        memory, it decodes the frame with less of a past than here.)
+        """
+        once = dataclasses.replace(self.config, maskgit_steps=1)
+        latent = self.lam.quantizer.codebook[actions]                   # (B, L)
+        tokens = self.dynamics.sample(state.dynamics, latent, once, generator)
+        quantized = self.tokenizer.quantizer.codebook[tokens[:, None]]  # (B, 1, N, L)
+        past = state.decoder.map(lambda kv: kv)                         # a copy: decode adds to it
+        return (self.tokenizer.decode(quantized, past)[:, 0] > 0).byte()
 
     def rollout(self, first, actions, generator):
         """Play actions (B, T) from frames (B, 64, 64): the T generated frames (B, T, 64, 64)."""

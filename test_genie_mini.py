@@ -1462,6 +1462,26 @@ def test_play_follows_the_inference_pipeline(gm=genie_mini):
         assert (played[:, t] == decoded[:, -1]).all(), t
 
 
+def test_a_sketch_is_what_one_pass_gives(gm=genie_mini):
+    """Failing means that the small pictures under the game show another past or another button than
+    is played, or that to look at them changes the game."""
+    genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1, dyn_frames=16)
+    state = genie.start(random_frames(1))
+    for button in (3, 1):
+        state = genie.step(state, button, gm.seeded(0))[1]
+        kept = [k.shape for k, _ in state.decoder.past]
+        sketches = genie.sketch(state.copies(3), [0, 1, 2], gm.seeded(0))
+        for a in range(3):
+            assert (sketches[a] == genie.step(state, a, gm.seeded(0))[0][0]).all()
+        assert (genie.sketch(state, [1], gm.seeded(0))[0] == sketches[1]).all()
+        assert [k.shape for k, _ in state.decoder.past] == kept
+    genie.config.maskgit_steps = 10
+    forward, calls = genie.dynamics.forward, []
+    genie.dynamics.forward = lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    assert (genie.sketch(state.copies(3), [0, 1, 2], gm.seeded(0)) == sketches).all()
+    assert len(calls) == 1
+
+
 # --- the dynamics model's training: actions, masks, targets -----------------------------------
 
 
@@ -2879,6 +2899,10 @@ BUGS = [
      "torch.autocast(z.device.type, torch.bfloat16)", test_codebook_is_float32_under_autocast, {}),
     ("fused attention costs nothing", 'with_attention("written out", work)\n    return',
      "work()\n    return", test_float_operations_are_counted, {}),
+    ("a sketch that stays in the past", "state.decoder.map(lambda kv: kv)", "state.decoder",
+     test_a_sketch_is_what_one_pass_gives, {}),
+    ("a sketch without its past", "quantized, past)[:, 0]", "quantized)[:, 0]",
+     test_a_sketch_is_what_one_pass_gives, {}),
     ("a pass less with the cache than without",
      'config = dataclasses.replace(config, mask_schedule="cosine")', "pass",
      test_bench_counts_as_many_passes_on_both_sides, {}),
@@ -3212,7 +3236,7 @@ def test_a_button_leads_where_the_window_said(window):
     genie = window.genie
     genie.config.temperature, genie.config.maskgit_steps = 0.0, 1       # so a sketch is the frame
     window.look_ahead()
-    for key in "0", "5", "2":
+    for key in "0", "5":                            # a third press would begin a new memory
         promised, before = window.futures[int(key)].copy(), window.state
         press(window, key)
         expected = genie.step(before, int(key))[1]
@@ -3236,7 +3260,7 @@ def test_the_frame_takes_all_passes_and_a_sketch_one(window, monkeypatch):
     monkeypatch.setattr(genie_mini.DynamicsModel, "forward", counted)
     window.tick()
     passes = window.genie.config.maskgit_steps
-    assert passes > 1 and calls == [1] * (passes + 1) + [8] * 2         # one more each to remember
+    assert passes > 1 and calls == [1] * (passes + 1) + [8]         # one more to remember
 
 
 def test_the_futures_are_those_of_one_past(window):
