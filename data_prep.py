@@ -458,14 +458,6 @@ class DemoWorld:
         return [key for key in range(len(MOVES))
                 if key == 0 or self.moved(self.hero, MOVES[key], self.fish) != self.hero]
 
-    def fish_key(self):
-        """The key that leads towards the fish: along the longer of the two ways, up, down or
-        across."""
-        dy, dx = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
-        if abs(dy) > abs(dx):
-            return 2 if dy > 0 else 1
-        return 4 if dx > 0 else 3
-
     def frame(self):
         """Draw the world: uint8 (64, 64) of 0 and 1."""
         picture = self.background.copy()
@@ -514,9 +506,7 @@ def render_demo(windows, seed):
 
     Returns bits uint8 (3 * windows, 16, 64, 8) and actions uint8 (3 * windows, 15); the sequences
     of window w are 3w, 3w + 1 and 3w + 2. A key is held for 9 to 24 source frames: a transition
-    that straddles a change of key has no single action, so changes should be rare. One key in four
-    goes for the fish: a model learns only what its video shows, and with random keys alone the hero
-    pushed the fish in 1.7 % of the frames, not in 6.
+    that straddles a change of key has no single action, so changes should be rare.
     """
     world = DemoWorld(seed)
     bits = np.empty((windows, STRIDE, FRAMES, SIZE, SIZE // 8), dtype=np.uint8)
@@ -528,7 +518,7 @@ def render_demo(windows, seed):
         effects = []
         for k in range(WINDOW):
             if hold == 0:
-                keys = world.open_keys() if world.rng.random() >= 0.25 else [world.fish_key()]
+                keys = world.open_keys()
                 key, hold = keys[world.rng.integers(len(keys))], int(world.rng.integers(9, 25))
             frames[k] = world.frame()
             effects.append(world.step(key))

@@ -123,9 +123,7 @@ class Config:
                               high=100)
     dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
                             " costs a quarter; each token is still masked and drawn alone)", low=1)
-    mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1] (departure:"
-                              " 0, since most passes of play see frames that are half done)",
-                              high=1)
+    mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
     clean_frames: float = setting(0.0, "share of training frames left unmasked (departure: at play"
                                   " the past is clean, in the paper's training never)", high=0.99)
     action_noise: float = setting(0.0, "share of quiet steps whose action is swapped for a random"
@@ -184,9 +182,9 @@ PRESETS = {
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=1, tok_steps=1000,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
         lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=5000, mask_min=0.0, action_noise=0.3, temperature=0.1,
-        order_noise=0.5, mask_schedule="convex", neighbour_start=True, batch=32, micro_batch=32,
-        lr=1e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
+        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, order_noise=0.5,
+        mask_schedule="convex", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
+        min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
