@@ -3530,6 +3530,16 @@ def test_cost_grows_with_frames_as_readme_says():
         assert f"| {name}, GFLOP | {' | '.join(cells)} |" in readme
 
 
+def test_growth_picture_is_the_notebook_s():
+    """Failing means that README shows another measurement than notebook 02 holds."""
+    root = Path(genie_mini.__file__).parent
+    notebook = json.loads((root / "notebooks" / "02_st_attention.ipynb").read_text("utf-8"))
+    pictures = [output["data"]["image/png"] for cell in notebook["cells"]
+                for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    shown = (root / "assets" / "growth.png").read_bytes()
+    assert shown in [base64.b64decode(picture) for picture in pictures]
+
+
 @pytest.mark.parametrize("arguments, expected", [
     ("", "required"),
     ("tarin", "invalid choice"),
