@@ -169,10 +169,10 @@ class Config:
                                " (in an order that is still drawn)")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
                                  " annealed to 0 (as in MaskGIT's code); large = random order")
-    mask_schedule: str = setting("cosine", "how many tokens are still masked after each pass;"
-                                 " convex = (1 - progress)^3 of them (departure: most of a frame is"
-                                 " certain and may go at once; fewer heroes break in long dreams)",
-                                 options=("cosine", "convex"))
+    mask_schedule: str = setting("cosine", "which tokens a pass commits: a number that grows along"
+                                 " the cosine; adaptive = all that are sure and one that is not"
+                                 " (departure: a frame has a few doubtful tokens, and is done in"
+                                 " three passes, not ten)", options=("cosine", "adaptive"))
 
 
 PRESETS = {
@@ -182,8 +182,8 @@ PRESETS = {
         tok_dim=64, tok_layers=2, tok_time=False, tok_frames=1, tok_steps=1000,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
         lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1, order_noise=0.5,
-        mask_schedule="convex", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
+        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1,
+        mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
         min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
@@ -723,6 +723,9 @@ class LatentActionModel(nn.Module):
 # Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
 
 
+SURE = 0.99                     # a guess of this probability need not wait (mask_schedule adaptive)
+
+
 def gumbel(shape, generator):
     """Gumbel(0, 1) noise: argmax(logits + noise) is a sample from softmax(logits)."""
     return -(-torch.rand(shape, generator=generator).log()).log()
@@ -791,31 +794,40 @@ class DynamicsModel(nn.Module):
     def sample(self, cache, action, c, generator):
         """Draw the frame that follows the cache. action (B, L) -> tokens (B, N); cache unchanged.
 
-        Each pass samples every masked token and commits those it is surest of; how many stay
-        masked falls along a cosine, slowly at first (MaskGIT, section 3.2), or along a convex
-        curve, fast at first. A committed token is never changed.
+        Each pass samples every masked token and commits some for good, as `chosen` says.
         """
         B, N = len(action), self.tokens_per_frame
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
-        masked, left = torch.ones_like(tokens, dtype=torch.bool), N
+        masked = torch.ones_like(tokens, dtype=torch.bool)
         for step in range(c.maskgit_steps):
             logits = self(tokens, masked, action[:, None], cache, commit=False)  # (B, 1, N, K)
             noise = gumbel(logits.shape, generator).to(logits.device)
             guess = (logits + c.temperature * noise).argmax(dim=-1)     # (B, 1, N)
             surety = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
-            progress = (step + 1) / c.maskgit_steps
-            order_noise = gumbel(surety.shape, generator).to(logits.device)
-            surety = surety + c.order_noise * (1 - progress) * order_noise
-            convex = c.mask_schedule == "convex"
-            share = (1 - progress) ** 3 if convex else math.cos(math.pi / 2 * progress)
-            stay = math.floor(N * share)
-            best = surety.masked_fill(~masked, -torch.inf).topk(left - stay, dim=-1).indices
-            tokens.scatter_(-1, best, guess.gather(-1, best))
-            masked.scatter_(-1, best, False)
-            left = stay
-            if left == 0:                                               # all are committed
+            commit = self.chosen(surety, masked, (step + 1) / c.maskgit_steps, c, generator)
+            tokens = torch.where(commit, guess, tokens)
+            masked = masked & ~commit
+            if not masked.any():                                        # all are committed
                 break
         return tokens[:, 0]
+
+    def chosen(self, surety, masked, progress, c, generator):
+        """Which tokens a pass commits, (B, 1, N). surety (B, 1, N): log-probability of each guess.
+
+        cosine: the surest; how many stay masked falls along a cosine, slowly at first (MaskGIT,
+        section 3.2). adaptive: all that are surer than SURE, and of the doubtful ones a single one,
+        for the others to go by. Either way the last pass commits what is left.
+        """
+        noise = gumbel(surety.shape, generator).to(surety.device)
+        order = surety + c.order_noise * (1 - progress) * noise
+        if c.mask_schedule == "adaptive" and progress < 1:
+            sure = surety > math.log(SURE)
+            one = order.masked_fill(sure | ~masked, -torch.inf).argmax(-1, keepdim=True)
+            return sure.scatter(-1, one, True) & masked
+        N = surety.shape[-1]
+        stay = math.floor(N * math.cos(math.pi / 2 * progress))
+        first = order.masked_fill(~masked, torch.inf).topk(N - stay).indices  # with those of before
+        return torch.zeros_like(masked).scatter(-1, first, True) & masked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1800,10 +1812,9 @@ def bench_training(config, device):
 def bench_play(config, device):
     """Frames a second with and without the cache, when as much is remembered as can be.
 
-    Without the cache each of the MaskGIT passes computes the whole clip again. Tokens are committed
-    along the cosine, which takes all passes.
+    Without the cache each of the MaskGIT passes computes the whole clip again. With any
+    mask_schedule it takes all the passes: an untrained model is not sure of anything.
     """
-    config = dataclasses.replace(config, mask_schedule="cosine")
     genie, T = Genie(config).to(device).eval(), config.dyn_frames
     tokens = torch.randint(config.tok_codes, (1, T, genie.dynamics.tokens_per_frame), device=device)
     masked = torch.zeros_like(tokens, dtype=torch.bool)

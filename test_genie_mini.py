@@ -1214,14 +1214,15 @@ def started_cache(gm, genie, B=2):
 
 
 @pytest.mark.maskgit
-@pytest.mark.parametrize("schedule", ["cosine", "convex"])
+@pytest.mark.parametrize("schedule", ["cosine", "adaptive"])
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_maskgit_commits_each_token_once(steps, schedule, gm=genie_mini):
     """Failing means that decided tokens are changed or forgotten, or decided in the wrong number:
     frames would be made of parts that do not fit each other.
 
-    After pass i of S, floor(16 cos(pi/2 i/S)) of the 16 tokens are still masked, or
-    floor(16 (1 - i/S)^3); when none is, there is no further pass.
+    After pass i of S, floor(16 cos(pi/2 i/S)) of the 16 tokens are still masked. The adaptive
+    schedule of this untrained model, which is sure of nothing, decides one in each pass but the
+    last, which decides the rest.
     """
     genie = tiny_genie(gm, maskgit_steps=steps, mask_schedule=schedule)
     cache = started_cache(gm, genie)
@@ -1229,8 +1230,7 @@ def test_maskgit_commits_each_token_once(steps, schedule, gm=genie_mini):
     with torch.no_grad():
         final = genie.dynamics.sample(cache, torch.randn(2, 4), genie.config, gm.seeded(0))
     cosine = [math.floor(16 * math.cos(math.pi / 2 * i / steps)) for i in range(steps)]
-    convex = {1: [16], 4: [16, 6, 2], 10: [16, 11, 8, 5, 3, 2, 1]}[steps]
-    expected = cosine if schedule == "cosine" else convex
+    expected = cosine if schedule == "cosine" else [16 - i for i in range(steps)]
     assert len(passes) == len(expected) and passes[0][1].all()
     for i, ((tokens, masked), still) in enumerate(zip(passes, expected)):
         assert (masked.sum(-1) == still).all(), f"pass {i}"
@@ -1241,14 +1241,15 @@ def test_maskgit_commits_each_token_once(steps, schedule, gm=genie_mini):
 
 
 @pytest.mark.maskgit
-def test_maskgit_takes_a_token_from_the_pass_that_decides_it(gm=genie_mini):
+@pytest.mark.parametrize("schedule", ["cosine", "adaptive"])
+def test_maskgit_takes_a_token_from_the_pass_that_decides_it(schedule, gm=genie_mini):
     """Failing means that tokens are decided by another pass than the one that commits them, or
     that some are never decided at all.
 
     Pass i wants code i + 1 everywhere, so the result tells which pass decided each token.
     """
-    genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0)
-    passes = replace_logits(genie.dynamics, lambda i: F.one_hot(torch.tensor(i + 1), 8) * 9.0)
+    genie = tiny_genie(gm, maskgit_steps=4, temperature=0.0, mask_schedule=schedule)
+    passes = replace_logits(genie.dynamics, lambda i: F.one_hot(torch.tensor(i + 1), 8) * 6.0)
     final = genie.dynamics.sample(None, torch.zeros(3, 4), genie.config, gm.seeded(0))
     decided = sum(masked[:, 0].long() for masked in passes)             # passes it stayed masked
     assert (final == decided).all() and sorted(final.unique().tolist()) == [1, 2, 3, 4]
@@ -1268,6 +1269,26 @@ def test_maskgit_commits_the_surest_first(gm=genie_mini):
     for masked in passes:
         still = int(masked.sum())
         assert masked.flatten().tolist() == [n < still for n in range(16)]
+
+
+@pytest.mark.maskgit
+def test_adaptive_commits_what_is_sure(gm=genie_mini):
+    """Failing means that the adaptive schedule lets sure tokens wait, commits doubtful ones
+    together, or makes passes when nothing is left to decide.
+
+    Of the first frame's tokens 13 are sure, of the second's 15; the model stays in doubt about the
+    others. So they take 3 passes and 1; the frame that is done waits for the other.
+    """
+    genie = tiny_genie(gm, temperature=0.0, mask_schedule="adaptive", maskgit_steps=10)
+    logits = torch.zeros(2, 1, 16, 8)
+    logits[..., 3] = 6.7                        # 0.9914 = 1 / (1 + 7 exp(-6.7)): over 0.99
+    logits[0, 0, [2, 7, 11], 3] = 6.4           # 0.9885: under it
+    logits[1, 0, 5, 3] = 6.4
+    passes = replace_logits(genie.dynamics, lambda i: logits)
+    final = genie.dynamics.sample(None, torch.zeros(2, 4), genie.config, gm.seeded(0))
+    assert [masked.sum((1, 2)).tolist() for masked in passes] == [[16, 16], [2, 0], [1, 0]]
+    assert set(passes[1][0, 0].nonzero().flatten().tolist()) < {2, 7, 11}
+    assert (final == 3).all()
 
 
 @pytest.mark.maskgit
@@ -1728,9 +1749,9 @@ def test_bench_counts_as_many_passes_on_both_sides(gm=genie_mini):
     """Failing means that play with the cache is timed over fewer MaskGIT passes than play without:
     the cache then looks better than it is."""
     smoke = {**gm.PRESETS["smoke"], "maskgit_steps": 10}
-    cosine, convex = (gm.bench_play(gm.Config(**smoke, mask_schedule=name), torch.device("cpu"))
-                      for name in ("cosine", "convex"))
-    assert cosine["gflop"] == convex["gflop"]
+    cosine, other = (gm.bench_play(gm.Config(**smoke, mask_schedule=name), torch.device("cpu"))
+                      for name in ("cosine", "adaptive"))
+    assert cosine["gflop"] == other["gflop"]
 
 
 def test_saved_bytes(gm=genie_mini):
@@ -2745,7 +2766,7 @@ BUGS = [
      "self.qkv(x.flip(1)).view(B * T, N, 3,", test_space_attention_by_hand, {}),
     ("scores not scaled", "(scores / math.sqrt(e))", "scores",
      test_time_attention_by_hand, {}),
-    ("no noise in the order", "surety = surety + c.order_noise", "surety = surety + 0",
+    ("no noise in the order", "order = surety + c.order_noise", "order = surety + 0",
      test_order_noise_shuffles_the_order, {}),
     ("temperature ignored", "c.temperature * noise", "noise", test_temperature_is_that_of_a_softmax,
      {"temperature": 0.5}),
@@ -2757,18 +2778,32 @@ BUGS = [
      test_temperature_is_that_of_a_softmax, {"temperature": 1.0}),
     ("sampling ignores the seed", "rand(shape, generator=generator)", "rand(shape)",
      test_sampling_follows_the_seed, {}),
-    ("tokens decided twice", "surety.masked_fill(~masked, -torch.inf).topk", "surety.topk",
+    ("tokens decided twice", "scatter(-1, first, True) & masked", "scatter(-1, first, True)",
+     test_maskgit_takes_a_token_from_the_pass_that_decides_it,
+     {"schedule": "cosine"}),
+    ("committed tokens do not count", "order.masked_fill(~masked, torch.inf)", "order",
      test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "cosine"}),
-    ("decided tokens not written", "tokens.scatter_(-1, best, guess.gather(-1, best))",
-     "pass", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
-    ("all tokens written in each pass", "tokens.scatter_(-1, best, guess.gather(-1, best))",
-     "tokens = guess", test_maskgit_takes_a_token_from_the_pass_that_decides_it, {}),
-    ("a line, not a cosine", "else math.cos(math.pi / 2 * progress)", "else (1 - progress)",
+    ("decided tokens not written", "torch.where(commit, guess, tokens)",
+     "tokens", test_maskgit_takes_a_token_from_the_pass_that_decides_it,
+     {"schedule": "cosine"}),
+    ("all tokens written in each pass", "torch.where(commit, guess, tokens)",
+     "guess", test_maskgit_takes_a_token_from_the_pass_that_decides_it,
+     {"schedule": "cosine"}),
+    ("a line, not a cosine", "N * math.cos(math.pi / 2 * progress)", "N * (1 - progress)",
      test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "cosine"}),
-    ("always the cosine", "if convex else", "if False else",
-     test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "convex"}),
-    ("passes with nothing left to commit", "if left == 0:", "if False:",
-     test_maskgit_commits_each_token_once, {"steps": 10, "schedule": "convex"}),
+    ("always the cosine", 'c.mask_schedule == "adaptive" and progress < 1', "False",
+     test_maskgit_commits_each_token_once, {"steps": 4, "schedule": "adaptive"}),
+    ("the last pass leaves tokens undecided", '"adaptive" and progress < 1', '"adaptive"',
+     test_maskgit_takes_a_token_from_the_pass_that_decides_it, {"schedule": "adaptive"}),
+    ("passes with nothing left to commit", "if not masked.any():", "if False:",
+     test_adaptive_commits_what_is_sure, {}),
+    ("sure of too little", "SURE = 0.99 ", "SURE = 0.98 ",
+     test_adaptive_commits_what_is_sure, {}),
+    ("sure tokens wait", "return sure.scatter(-1, one, True)",
+     "return torch.zeros_like(sure).scatter(-1, one, True)",
+     test_adaptive_commits_what_is_sure, {}),
+    ("the one is among the sure", "order.masked_fill(sure | ~masked, -torch.inf)",
+     "order.masked_fill(~masked, -torch.inf)", test_adaptive_commits_what_is_sure, {}),
     ("least sure first", "surety = logits.log_softmax(-1)", "surety = -logits.log_softmax(-1)",
      test_maskgit_commits_the_surest_first, {}),
     ("cache not committed", "if commit:", "if False:", test_cached_dynamics_equals_uncached, {}),
@@ -2883,8 +2918,7 @@ BUGS = [
      test_a_sketch_is_what_one_pass_gives, {}),
     ("a sketch without its past", "quantized, past)[:, 0]", "quantized)[:, 0]",
      test_a_sketch_is_what_one_pass_gives, {}),
-    ("a pass less with the cache than without",
-     'config = dataclasses.replace(config, mask_schedule="cosine")', "pass",
+    ("fewer passes with the cache than without", "SURE = 0.99 ", "SURE = 0.01 ",
      test_bench_counts_as_many_passes_on_both_sides, {}),
     ("no warm-up", "warm = min(1.0, (step + 1) / max(1, c.warmup))", "warm = 1.0",
      test_learning_rate, {}),
@@ -3103,11 +3137,11 @@ def test_eval_command(workspace, tmp_path, capsys):
 
 def test_a_run_can_be_sampled_anew(workspace, tmp_path):
     """Failing means that eval and play ignore the sampling settings that they are given."""
-    flags = "--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule convex".split()
+    flags = "--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule adaptive".split()
     args = genie_mini.build_parser().parse(["eval", "--run", str(workspace / "run"), *flags])
     config = genie_mini.load_run(args).config
     assert (config.temperature, config.order_noise, config.maskgit_steps,
-            config.mask_schedule) == (0.25, 0, 3, "convex")
+            config.mask_schedule) == (0.25, 0, 3, "adaptive")
     made = [gif_frames(play_command(workspace, tmp_path / f"{t}.gif", "--actions", "0,1,2,3",
                                     "--temperature", str(t))) for t in (0, 50)]
     assert (made[0] != made[1]).any()
