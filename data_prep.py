@@ -969,7 +969,7 @@ class Window:
     """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
 
     In a row under the picture stand the frames that the buttons would lead to: one batch, which
-    shares the past, and only a sketch (one MaskGIT pass instead of ten): it must not slow the game.
+    shares the past, and only a sketch (a single MaskGIT pass): it must not slow the game.
     """
 
     KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS

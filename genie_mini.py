@@ -1812,8 +1812,8 @@ def bench_training(config, device):
 def bench_play(config, device):
     """Frames a second with and without the cache, when as much is remembered as can be.
 
-    Without the cache each of the MaskGIT passes computes the whole clip again. With any
-    mask_schedule it takes all the passes: an untrained model is not sure of anything.
+    Without the cache each of the MaskGIT passes computes the whole clip again. All passes are
+    taken, with any mask_schedule: this untrained model is sure of nothing.
     """
     genie, T = Genie(config).to(device).eval(), config.dyn_frames
     tokens = torch.randint(config.tok_codes, (1, T, genie.dynamics.tokens_per_frame), device=device)
