@@ -311,19 +311,18 @@ def split_sizes(windows):
 # walls where the player sends it, and a fish swims to and fro by its own rule, ignoring the player.
 #
 # It is built to be learnt on a CPU in minutes. The tokenizer cuts the screen into 16x16 patches
-# of 4x4 pixels, so things move on a lattice with 3 units to a patch. At 30 FPS a thing moves 1
-# unit a frame, hence 3 units = exactly 1 patch = 4 pixels per frame that the model sees (10 FPS):
-# speed is constant, and a clean step moves tokens by one place and leaves them unchanged. Walls
-# stand on whole patches. There are thus three positions within a patch in each direction (0, 1
-# and 3 pixels in). In an hour 78 different 4x4 patches appear, and the 32 commonest make up 99 %.
+# of 4x4 pixels, and the game is played on that grid, as old tile games were: ten times a second
+# hero and fish move by one patch, or stay. So each of the model's frames (10 FPS) shows one move
+# more than the last, whole; a move shifts tokens by one place and leaves them unchanged; and a
+# press does its all or, where the way is blocked, nothing. 29 different 4x4 patches appear.
 # ---------------------------------------------------------------------------------------------
 
 DEMO_ACTIONS = ("stay", "up", "down", "left", "right")
-MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))     # (dy, dx) in lattice units, same order
+MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))     # (dy, dx) in patches, same order
 PATCHES = 16                        # patches along a side of the screen
-UNITS = 3                           # lattice units along a side of a patch
-BODY = 2 * UNITS                    # hero and fish are 6 units = 2 patches = 8 pixels square
+BODY = 2                            # hero and fish are 2 patches = 8 pixels square
 LEVEL = 10 * WINDOW                 # source frames until the next level: see DemoWorld
+FOLLOW = 1 / 3                      # of the player's keys lead to the fish, if the way is free
 
 
 def sprite(*rows):
@@ -348,32 +347,53 @@ FISH_RIGHT = sprite("........",     # the fish's picture does tell: the tail is 
                     "#..####.",
                     "........")
 FISH_LEFT = FISH_RIGHT[:, ::-1]
-WALL = sprite("#######.",           # bricks of two patches; only two kinds of 4x4 patch in it
-              "#######.",
-              "#######.",
-              "........",
-              "###.####",
-              "###.####",
-              "###.####",
-              "........")
+# What walls are built of, 2x2 patches each: brick, stone, crates and hedge.
+WALLS = (sprite("#######.",
+                "#######.",
+                "#######.",
+                "........",
+                "##.#####",
+                "##.#.###",
+                "##.#####",
+                "........"),
+         sprite(".##..###",
+                "####.###",
+                "####..##",
+                ".##.....",
+                "....###.",
+                "##.#####",
+                "##.#####",
+                "#...###."),
+         sprite("########",
+                "##....##",
+                "#.#..#.#",
+                "#..##..#",
+                "#..##..#",
+                "#.#..#.#",
+                "##....##",
+                "########"),
+         sprite("#.#..#.#",
+                ".##.#.##",
+                "#.###.#.",
+                "##.#.###",
+                ".#.##.#.",
+                "###.#.##",
+                "#.##.#.#",
+                ".#.#.##."))
 # Sizes of the inner blocks, (height, width) in patches.
 BLOCKS = ((2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (3, 3))
 
 
-def pixel(unit):
-    """The first pixel of a lattice unit: 0, 1, 3, then 4, 5, 7, ... (three to a patch)."""
-    return (4 * unit + 1) // 3
-
-
 def random_walls(rng):
-    """Return a random map of walls, bool (16, 16) in patches: a border and 3 to 5 inner blocks.
+    """A random map of walls, int (16, 16) in patches: a border of 1 and 3 to 5 inner blocks.
 
-    The gap between a block and the border is none or at least 3 patches, and that between two
-    blocks at least 3. The hero spans up to 3 patches, so it fits through every gap: no traps.
+    0 is floor, another number what the wall is built of: WALLS[number - 1]. The gap between a
+    block and the border is none or at least 3 patches, and that between two blocks at least 3.
+    The hero is 2 patches wide, so it fits through every gap: no traps.
     """
-    walls = np.ones((PATCHES, PATCHES), dtype=bool)
-    walls[1:-1, 1:-1] = False
-    near = np.zeros_like(walls)     # where the next block may not stand
+    walls = np.ones((PATCHES, PATCHES), dtype=int)
+    walls[1:-1, 1:-1] = 0
+    near = np.zeros_like(walls, dtype=bool)     # where the next block may not stand
     placed, wanted = 0, rng.integers(3, 6)
     for _ in range(60):             # some maps have no room for all: after 60 tries, so be it
         height, width = BLOCKS[rng.integers(len(BLOCKS))]
@@ -381,7 +401,7 @@ def random_walls(rng):
         gaps = (y - 1, PATCHES - 1 - y - height, x - 1, PATCHES - 1 - x - width)
         if any(0 < gap < 3 for gap in gaps) or near[y:y + height, x:x + width].any():
             continue
-        walls[y:y + height, x:x + width] = True
+        walls[y:y + height, x:x + width] = rng.integers(1, len(WALLS) + 1)
         near[max(0, y - 3):y + height + 3, max(0, x - 3):x + width + 3] = True
         placed += 1
         if placed == wanted:
@@ -389,14 +409,9 @@ def random_walls(rng):
     return walls
 
 
-def share_a_patch(a, b):
-    """Whether two bodies at lattice positions (y, x) touch a common 4x4 patch.
-
-    Bodies collide when they do. This is a little earlier than when they overlap, and no patch
-    ever shows pieces of both, which would multiply the number of different patches.
-    """
-    return all(p // UNITS <= (q + BODY - 1) // UNITS and q // UNITS <= (p + BODY - 1) // UNITS
-               for p, q in zip(a, b))
+def overlap(a, b):
+    """Whether two bodies at patches (y, x) share a patch."""
+    return all(abs(p - q) < BODY for p, q in zip(a, b))
 
 
 class DemoWorld:
@@ -415,39 +430,44 @@ class DemoWorld:
     def new_level(self):
         """Draw new walls, and places for hero and fish, from the random generator."""
         walls = random_walls(self.rng)
-        # The tile covers 2x2 patches: 8 tiles a side; a wall's patches are cut out of it.
-        bricks = np.tile(WALL, (PATCHES // 2, PATCHES // 2))
-        self.background = bricks * walls.repeat(4, 0).repeat(4, 1)              # (64, 64)
-        # free[y, x]: does a body at unit (y, x) miss every wall? (48, 48) units -> (43, 43)
-        units = walls.repeat(UNITS, 0).repeat(UNITS, 1)
-        boxes = np.lib.stride_tricks.sliding_window_view(units, (BODY, BODY))
+        # A tile covers 2x2 patches: 8 tiles a side; a wall's patches are cut out of them.
+        tiles = np.stack([np.zeros_like(HERO), *WALLS])                         # (5, 8, 8)
+        tiled = np.tile(tiles, (PATCHES // 2, PATCHES // 2))                    # (5, 64, 64)
+        built = walls.repeat(4, 0).repeat(4, 1)                                 # (64, 64)
+        self.background = np.take_along_axis(tiled, built[None], axis=0)[0]
+        # free[y, x]: does a body at patch (y, x) miss every wall? (16, 16) -> (15, 15)
+        boxes = np.lib.stride_tricks.sliding_window_view(walls, (BODY, BODY))
         self.free = ~boxes.any(axis=(2, 3))
-        # Start on whole patches. The fish wants 6 patches of water in a row: 13 units, all free.
-        spots = [(int(y), int(x)) for y, x in np.argwhere(self.free) if y % 3 == x % 3 == 0]
-        lanes = [(y, x) for y, x in spots if x >= 6 and self.free[y, x - 6:x + 7].sum() == 13]
+        # The fish wants 6 patches of water in a row: 5 places, all free.
+        spots = [(int(y), int(x)) for y, x in np.argwhere(self.free)]
+        lanes = [(y, x) for y, x in spots if x >= 2 and self.free[y, x - 2:x + 3].sum() == 5]
         self.fish = lanes[self.rng.integers(len(lanes))]
-        spots = [spot for spot in spots if not share_a_patch(spot, self.fish)]
+        spots = [spot for spot in spots if not overlap(spot, self.fish)]
         self.hero = spots[self.rng.integers(len(spots))]
         self.fish_dx = int(self.rng.choice((-1, 1)))
 
     def moved(self, body, move, other):
         """Where body (y, x) is after a move (dy, dx): where it was, if a wall or other is there."""
         target = (body[0] + move[0], body[1] + move[1])
-        blocked = not self.free[target] or share_a_patch(target, other)
+        blocked = not self.free[target] or overlap(target, other)
         return body if blocked else target
 
     def step(self, key):
-        """Hold a key (0 to 4, see DEMO_ACTIONS) for 1/30 s. Returns what the hero really did.
+        """Hold a key (0 to 4, see DEMO_ACTIONS) for 1/30 s. Returns what the hero really does.
 
-        A hero that is blocked stays, so its effect is 0 whatever the key.
+        A move takes three steps: the first reads the key, the second shows the result. A hero that
+        is blocked stays, so its effect is 0 whatever the key.
         """
-        before = self.hero
-        self.hero = self.moved(before, MOVES[key], self.fish)       # the hero moves first
-        effect = int(key) if self.hero != before else 0
-        fish = self.moved(self.fish, (0, self.fish_dx), self.hero)
-        if fish == self.fish:
-            self.fish_dx = -self.fish_dx                            # to turn takes the whole frame
-        self.fish = fish
+        if self.ticks % STRIDE == 0:
+            target = self.moved(self.hero, MOVES[key], self.fish)
+            self.effect = int(key) if target != self.hero else 0
+        elif self.ticks % STRIDE == 1:
+            self.hero = self.moved(self.hero, MOVES[self.effect], self.fish)    # he moves first
+            fish = self.moved(self.fish, (0, self.fish_dx), self.hero)
+            if fish == self.fish:
+                self.fish_dx = -self.fish_dx                    # to turn takes the whole move
+            self.fish = fish
+        effect = self.effect
         self.ticks += 1
         if self.ticks % LEVEL == 0:
             self.new_level()
@@ -458,12 +478,18 @@ class DemoWorld:
         return [key for key in range(len(MOVES))
                 if key == 0 or self.moved(self.hero, MOVES[key], self.fish) != self.hero]
 
+    def fish_key(self):
+        """The key that leads to the fish: along the longer of the two gaps to it."""
+        down, right = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
+        along = (0, np.sign(right)) if abs(right) > abs(down) else (np.sign(down), 0)
+        return MOVES.index(along)
+
     def frame(self):
         """Draw the world: uint8 (64, 64) of 0 and 1."""
         picture = self.background.copy()
         bodies = ((self.hero, HERO), (self.fish, FISH_RIGHT if self.fish_dx > 0 else FISH_LEFT))
         for (y, x), drawing in bodies:
-            y, x = pixel(y), pixel(x)
+            y, x = 4 * y, 4 * x
             picture[y:y + 8, x:x + 8] = drawing     # a body's box is never over a wall
         return picture
 
@@ -518,8 +544,10 @@ def render_demo(windows, seed):
         effects = []
         for k in range(WINDOW):
             if hold == 0:
-                keys = world.open_keys()
-                key, hold = keys[world.rng.integers(len(keys))], int(world.rng.integers(9, 25))
+                keys, hold = world.open_keys(), STRIDE * int(world.rng.integers(3, 9))
+                key = keys[world.rng.integers(len(keys))]
+                if world.rng.random() < FOLLOW and world.fish_key() in keys:
+                    key = world.fish_key()
             frames[k] = world.frame()
             effects.append(world.step(key))
             hold -= 1
