@@ -322,7 +322,7 @@ MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))     # (dy, dx) in patches, sa
 PATCHES = 16                        # patches along a side of the screen
 BODY = 2                            # hero and fish are 2 patches = 8 pixels square
 LEVEL = 10 * WINDOW                 # source frames until the next level: see DemoWorld
-FOLLOW = 1 / 3                      # of the player's keys lead to the fish, if the way is free
+REST, FOLLOW = 0.1, 0.3             # how often the player rests; how often it goes for the fish
 
 
 def sprite(*rows):
@@ -473,16 +473,22 @@ class DemoWorld:
             self.new_level()
         return effect
 
-    def open_keys(self):
-        """The keys that would do something now: 'stay', and those whose way is not blocked."""
-        return [key for key in range(len(MOVES))
-                if key == 0 or self.moved(self.hero, MOVES[key], self.fish) != self.hero]
+    def choose_key(self):
+        """What the player in our video presses next: a key whose way is free, at random.
 
-    def fish_key(self):
-        """The key that leads to the fish: along the longer of the two gaps to it."""
-        down, right = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
-        along = (0, np.sign(right)) if abs(right) > abs(down) else (np.sign(down), 0)
-        return MOVES.index(along)
+        Seldom 'stay' and often the one that leads to the fish: a still hero teaches little, and
+        where bodies meet there is most to learn.
+        """
+        keys = [key for key in range(1, len(MOVES))
+                if self.moved(self.hero, MOVES[key], self.fish) != self.hero]
+        dy, dx = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
+        along = (0, np.sign(dx)) if abs(dx) > abs(dy) else (np.sign(dy), 0)     # the longer gap
+        luck = self.rng.random()
+        if not keys or luck < REST:
+            return 0
+        if luck < REST + FOLLOW and MOVES.index(along) in keys:
+            return MOVES.index(along)
+        return keys[self.rng.integers(len(keys))]
 
     def frame(self):
         """Draw the world: uint8 (64, 64) of 0 and 1."""
@@ -544,10 +550,7 @@ def render_demo(windows, seed):
         effects = []
         for k in range(WINDOW):
             if hold == 0:
-                keys, hold = world.open_keys(), STRIDE * int(world.rng.integers(3, 9))
-                key = keys[world.rng.integers(len(keys))]
-                if world.rng.random() < FOLLOW and world.fish_key() in keys:
-                    key = world.fish_key()
+                key, hold = world.choose_key(), STRIDE * int(world.rng.integers(3, 9))
             frames[k] = world.frame()
             effects.append(world.step(key))
             hold -= 1

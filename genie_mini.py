@@ -995,14 +995,16 @@ def world_noise(genie, frames, tokens, generator):
     A swap is a code to put in an action's place, or -1. Only quiet steps get one, those in which
     fewer pixels change than in the median step: a press that is blocked is among them, so the model
     learns that any button may do nothing at a wall. (Swapped anywhere, it would learn that any
-    button may do anything.)
+    button may do anything.) The code is drawn as often as the LAM uses it: drawn evenly, a code
+    in little use would be seen in quiet steps above all, and come to mean "nothing happens".
     """
     c, (B, T, _) = genie.config, tokens.shape
     shifts = torch.randint(SIZE, (B, 2), generator=generator) * c.lam_roll
     changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (B, T-1)
     swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
-    codes = torch.randint(c.num_actions, (B, T - 1), generator=generator)
-    swaps = codes.masked_fill(~swap | (changed >= changed.median()), -1)
+    usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
+    codes = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
+    swaps = codes.view(B, T - 1).masked_fill(~swap | (changed >= changed.median()), -1)
     return shifts, swaps, genie.dynamics.random_mask(B, T, generator)
 
 
