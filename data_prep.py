@@ -322,7 +322,7 @@ MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))     # (dy, dx) in patches, sa
 PATCHES = 16                        # patches along a side of the screen
 BODY = 2                            # hero and fish are 2 patches = 8 pixels square
 LEVEL = 10 * WINDOW                 # source frames until the next level: see DemoWorld
-REST, FOLLOW = 0.1, 0.3             # how often the player rests; how often it goes for the fish
+REST, FOLLOW = 0.05, 0.3            # how often the player rests; how often it goes for the fish
 
 
 def sprite(*rows):

@@ -129,7 +129,7 @@ class Config:
     mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
     clean_frames: float = setting(0.0, "share of training frames left unmasked (departure: at play"
                                   " the past is clean, in the paper's training never)", high=0.99)
-    action_noise: float = setting(0.0, "share of quiet steps whose action is swapped for a random"
+    action_noise: float = setting(0.0, "share of quiet steps whose action is swapped for another"
                                   " code when the dynamics trains (departure: a press that a wall"
                                   " blocks looks like none, so nothing else shows it)", high=1)
     # Shared by all models
@@ -171,7 +171,8 @@ class Config:
     temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest"
                                " (in an order that is still drawn)")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
-                                 " annealed to 0 (as in MaskGIT's code); large = random order")
+                                 " annealed to 0 (as in MaskGIT's code); 0 = the surest first; large ="
+                                 " random order")
     mask_schedule: str = setting("cosine", "which tokens a pass commits: a number that grows along"
                                  " the cosine; adaptive = all that are sure and one that is not"
                                  " (departure: a frame has a few doubtful tokens, and is done in"
@@ -182,12 +183,12 @@ PRESETS = {
     "full": {},
     # For a 2-core laptop: narrow, shallow, with every departure that helps.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_space=False, tok_time=False, tok_frames=1, tok_steps=1000,
+        tok_dim=64, tok_layers=2, tok_space=False, tok_time=False, tok_frames=1, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=2700, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=5000, action_noise=0.3, temperature=0.1,
+        lam_pool="changed", lam_unquantized=2000, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=4000, action_noise=0.8, temperature=0.1, order_noise=0.0,
         mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
-        min_lr=1e-4, warmup=100, beta2=0.99, val_every=250),
+        min_lr=1e-4, warmup=100, beta2=0.99, val_every=200),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
