@@ -3553,9 +3553,20 @@ def progress_table():
         yield f"| {title} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("table, lines", [(seeds_table, 13), (progress_table, 4)])
+def ablation_table():
+    """README's table of what each switch is worth: a short run a line."""
+    for name, row in json.loads((ASSETS / "ablations.json").read_text("utf-8")).items():
+        lam, dynamics = row["lam"], row["dynamics"]
+        yield (f"| {name} | {'`' + row['flags'] + '`' if row['flags'] else ''} | "
+               f"{lam['accuracy']:.3f} | {lam['nmi']:.2f} | {lam['perplexity']:.1f} | "
+               f"{dynamics['delta_psnr']:.1f} | {dynamics['wrong_pixels_inferred']:.1f} | "
+               f"{row['world']['one_hero']:.2f} |")
+
+
+@pytest.mark.parametrize("table, lines", [(seeds_table, 13), (progress_table, 4),
+                                          (ablation_table, 14)])
 def test_readme_shows_the_recorded_seeds(table, lines):
-    """Failing means that a number of the three seeds in README is not the one in assets/."""
+    """Failing means that a number in one of README's tables is not the one in assets/."""
     shown = (ASSETS.parent / "README.md").read_text("utf-8").splitlines()
     first, *rest = table()
     start = shown.index(first)
