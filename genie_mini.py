@@ -401,7 +401,7 @@ class TemporalAttention(nn.Module):
 class STBlock(nn.Module):
     """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm)."""
 
-    def __init__(self, dim, heads, side, space, time, neighbour_start):
+    def __init__(self, dim, heads, side, time, neighbour_start, space=True):
         super().__init__()
         self.space = SpatialAttention(dim, heads, side, neighbour_start) if space else None
         self.norm_space = nn.LayerNorm(dim) if space else None
@@ -446,10 +446,10 @@ class Cache:
 class STTransformer(nn.Module):
     """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D)."""
 
-    def __init__(self, dim, heads, layers, side, space, time, neighbour_start):
+    def __init__(self, dim, heads, layers, side, time, neighbour_start, space=True):
         super().__init__()
         self.blocks = nn.ModuleList(
-            STBlock(dim, heads, side, space, time, neighbour_start) for _ in range(layers))
+            STBlock(dim, heads, side, time, neighbour_start, space) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, cache=None, commit=True):
@@ -627,8 +627,8 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         self.patch = c.tok_patch
         side = SIZE // c.tok_patch
-        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_space, c.tok_time,
-                 c.neighbour_start)
+        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_time, c.neighbour_start,
+                 c.tok_space)
         self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
@@ -675,7 +675,7 @@ class LatentActionModel(nn.Module):
         super().__init__()
         self.patch, self.input, self.pool = c.lam_patch, c.lam_input, c.lam_pool
         side = SIZE // c.lam_patch
-        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, True, c.lam_time, c.neighbour_start)
+        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_time, c.neighbour_start)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
@@ -758,7 +758,7 @@ class DynamicsModel(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.action = nn.Linear(c.latent_dim, c.dyn_dim, bias=False)    # no action (zeros) adds 0
         self.transformer = STTransformer(c.dyn_dim, c.dyn_heads, c.dyn_layers, side // c.dyn_fold,
-                                         True, True, c.neighbour_start)
+                                         True, c.neighbour_start)
         self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
 
     def forward(self, tokens, masked, actions, cache=None, commit=True):
