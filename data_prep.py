@@ -314,7 +314,8 @@ def split_sizes(windows):
 # of 4x4 pixels, and the game is played on that grid, as old tile games were: ten times a second
 # hero and fish move by one patch, or stay. So each of the model's frames (10 FPS) shows one move
 # more than the last, whole; a move shifts tokens by one place and leaves them unchanged; and a
-# press does its all or, where the way is blocked, nothing. 29 different 4x4 patches appear.
+# press does its all or, where the way is blocked, nothing. 29 different 4x4 patches appear. (The
+# price: of a window's three staggered sequences two show the same pictures.)
 # ---------------------------------------------------------------------------------------------
 
 DEMO_ACTIONS = ("stay", "up", "down", "left", "right")

@@ -97,8 +97,8 @@ class Config:
     tok_heads: int = setting(4, "attention heads", low=1)
     tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1,
                               high=100)
-    tok_space: bool = setting(True, "space attention; without it a patch has the same token wherever"
-                              " it is (departure: the dynamics then has less to learn)")
+    tok_space: bool = setting(True, "space attention; without it a patch has the same token"
+                              " wherever it is (departure: the dynamics has less to learn)")
     tok_time: bool = setting(True, "time attention; without it each frame is tokenized alone"
                              " (departure: a token means the same whatever came before)")
     tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2,
@@ -171,8 +171,8 @@ class Config:
     temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest"
                                " (in an order that is still drawn)")
     order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
-                                 " annealed to 0 (as in MaskGIT's code); 0 = the surest first; large ="
-                                 " random order")
+                                 " annealed to 0 (as in MaskGIT's code); 0 = the surest first;"
+                                 " large = random order")
     mask_schedule: str = setting("cosine", "which tokens a pass commits: a number that grows along"
                                  " the cosine; adaptive = all that are sure and one that is not"
                                  " (departure: a frame has a few doubtful tokens, and is done in"
@@ -1639,12 +1639,12 @@ def bfloat16_gain():
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32.
 
     Tried, not read off the chip's features: of two CPUs with AVX512-BF16 one ran stage 2 at half
-    the speed of float32, the other at 2.5 times. The best of ten, so that other work on the machine
+    the speed of float32, the other at 2.5 times. The best of eight, so that other work on the machine
     does not matter; it takes a few milliseconds.
     """
     def seconds(dtype):
         a, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(10):
+        for _ in range(8):
             began = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - began)
