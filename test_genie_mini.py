@@ -995,7 +995,7 @@ def overfit(trainer, frames, steps):
     """Train on one batch. Returns the numbers of the last step."""
     trainer.train_set = OneBatch(frames)
     if trainer.stage == 1:
-        trainer.tokens = trainer.tokenize()
+        trainer.tokens = trainer.genie.tokenizer.encode(frames)[1].byte()
     for trainer.step in range(steps):
         numbers = trainer.optimizer_step()
     trainer.genie.eval()
