@@ -1644,9 +1644,9 @@ def pick_device(name):
 def bfloat16_gain():
     """How many times faster this CPU multiplies matrices in bfloat16 than in float32.
 
-    Tried, not read off the chip's features: of two CPUs with AVX512-BF16 one ran stage 2 at half
-    the speed of float32, the other at 2.5 times. The best of eight, so that other work on the
-    machine does not matter; it takes a few milliseconds.
+    Tried, not read off the chip's features: of two CPUs with AVX512-BF16 one took the LAM's step at
+    half the speed of float32, the other all of stage 2 at 2.5 times. The best of eight, so that
+    other work on the machine does not matter; it takes a few milliseconds.
     """
     def seconds(dtype):
         a, times = torch.ones(256, 256, dtype=dtype), []

@@ -1760,6 +1760,19 @@ def test_gain_of_bfloat16_is_measured(monkeypatch, gm=genie_mini):
     assert gm.bfloat16_gain() > 0 and gm.bfloat16_gain() == gm.bfloat16_gain()
 
 
+@pytest.mark.parametrize("draw", ["step", "sketch"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_play_computes_in_its_precision(draw, precision, gm=genie_mini):
+    """Failing means that play ignores --precision: `full` is then half as fast as it could be."""
+    genie, seen = tiny_genie(gm, precision=precision), []
+    for linear in (genie.dynamics.to_logits, genie.tokenizer.to_pixels):
+        linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    state = genie.start(random_frames(1, 1, 1)[0][0, 0])
+    seen.clear()                                         # the first frame is always in float32
+    getattr(genie, draw)(state, torch.tensor([1]), gm.seeded(0))
+    assert len(seen) > 1 and set(seen) == {getattr(torch, precision)}
+
+
 def test_optimizer_without_a_fused_kernel(monkeypatch, gm=genie_mini):
     """Failing means that training does not start on a device for which AdamW cannot be fused."""
     weights, adamw = [nn.Parameter(torch.ones(3))], torch.optim.AdamW
@@ -3577,7 +3590,7 @@ def test_readme_shows_the_recorded_seeds(table, lines):
 
 def test_shipped_checkpoint_knows_its_buttons(demo_file):
     """Failing means that the pretrained checkpoint in assets/ does not load, or that its actions
-    no longer say what the hero does: chance is below 0.6 here, and it was shipped with 0.97."""
+    no longer say what the hero does: chance is below 0.6 here, and it was shipped with 0.99."""
     genie = genie_mini.Genie.load(genie_mini.DEMO_CHECKPOINT)
     data = genie_mini.Sequences(demo_file, "train")
     result = genie_mini.evaluate_lam(genie, data, genie_mini.spread(data, 12))
