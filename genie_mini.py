@@ -113,6 +113,8 @@ class Config:
                              " decoder one frame (departure: less to confuse)")
     lam_input: str = setting("frames", "what the encoder sees; diff = the change between frames"
                              " (departure: all motion, no place)", options=("frames", "diff"))
+    lam_roll: bool = setting(False, "train the encoder on a randomly rolled copy (departure: a"
+                             " code can then not depend on the place)")
     lam_pool: str = setting("mean", "patches to one action: the mean of all, or of the changed"
                             " (departure: they drown in the rest)", options=("mean", "changed"))
     num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2,
@@ -182,9 +184,9 @@ PRESETS = {
     # For a 2-core laptop: narrow, shallow, with every departure that helps.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_space=False, tok_time=False, tok_frames=1, tok_steps=500,
-        lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff",
-        lam_pool="changed", lam_unquantized=1000, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=2000, action_noise=0.8, temperature=0.1, order_noise=0.0,
+        lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
+        lam_pool="changed", lam_unquantized=2000, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=4000, action_noise=0.8, temperature=0.1, order_noise=0.0,
         mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
         min_lr=1e-4, warmup=100, beta2=0.99, val_every=200),
     # Everything in under a minute, for tests; it learns next to nothing.
@@ -665,8 +667,8 @@ class VideoTokenizer(nn.Module):
 # picks the code.
 #
 # But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up
-# in another, and reconstruct just as well. The switches lam_input, lam_time and lam_pool hide
-# from the encoder whatever is not motion, so that a consistent code is the cheapest.
+# in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_time and
+# lam_pool hide from the encoder whatever is not motion, so that a consistent code is the cheapest.
 
 
 class LatentActionModel(nn.Module):
@@ -688,12 +690,15 @@ class LatentActionModel(nn.Module):
         self.decoder = STTransformer(*shape)
         self.to_pixels = nn.Linear(c.lam_dim, c.lam_patch ** 2)
 
-    def encode(self, frames):
+    def encode(self, frames, shifts=None):
         """frames (B, T, H, W) -> quantized actions (B, T-1, L), indices (B, T-1), commitment.
 
-        Action t says what led from frame t to t+1, and has seen no frame later than t+1.
+        Action t says what led from frame t to t+1, and has seen no frame later than t+1. Given
+        shifts (B, 2), the encoder sees each clip rolled by its own (dy, dx): see lam_roll.
         """
         x = pixels(frames)
+        if shifts is not None:
+            x = torch.stack([x[b].roll(shifts[b].tolist(), (1, 2)) for b in range(len(x))])
         change = patchify((x[:, 1:] - x[:, :-1]) / 2, self.patch)       # (B, T-1, N, P): -1, 0, 1
         if self.input == "diff":
             x = self.encoder(self.embed(change))                        # (B, T-1, N, D)
@@ -712,9 +717,9 @@ class LatentActionModel(nn.Module):
         x = self.decoder(x + self.from_latent(actions)[:, :, None])     # the action, to every patch
         return unpatchify(self.to_pixels(x), self.patch).float()
 
-    def forward(self, frames):
+    def forward(self, frames, shifts=None):
         """frames (B, T, H, W) -> logits of frames 2..T, then what encode returns."""
-        actions, indices, commitment = self.encode(frames)
+        actions, indices, commitment = self.encode(frames, shifts)
         return self.decode(frames[:, :-1], actions), actions, indices, commitment
 
 
@@ -990,7 +995,7 @@ def tokenizer_losses(genie, frames):
 
 
 def world_noise(genie, frames, tokens, generator):
-    """What is random in a stage-2 step: swaps (B, T-1) and masked (B, T, N).
+    """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
     A swap is a code to put in an action's place, or -1. Only quiet steps get one, those in which
@@ -1000,17 +1005,18 @@ def world_noise(genie, frames, tokens, generator):
     in little use would be seen in quiet steps above all, and come to mean "nothing happens".
     """
     c, (B, T, _) = genie.config, tokens.shape
+    shifts = torch.randint(SIZE, (B, 2), generator=generator) * c.lam_roll
     changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (B, T-1)
     swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
     codes = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
     swaps = codes.view(B, T - 1).masked_fill(~swap | (changed >= changed.median()), -1)
-    return swaps, genie.dynamics.random_mask(B, T, generator)
+    return shifts, swaps, genie.dynamics.random_mask(B, T, generator)
 
 
-def world_losses(genie, frames, tokens, swaps, masked):
+def world_losses(genie, frames, tokens, shifts, swaps, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
-    logits, actions, chosen, commitment = genie.lam(frames)
+    logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
     # Stop-gradient: the dynamics takes the actions as they are. A swap of -1 keeps the action.
     swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]          # (B, T-1, L)
@@ -2234,7 +2240,7 @@ def number_or_auto(text):
 
 
 def true_or_false(text):
-    """An argparse type for switches: `--lam_time true`."""
+    """An argparse type for switches: `--lam_roll true`."""
     return bool(("false", "true").index(text.lower()))
 
 

@@ -1875,7 +1875,7 @@ def test_micro_batch_auto(demo_file, tmp_path, monkeypatch, stage, gm=genie_mini
 def weights_after_training(gm, data, out, stage, micro_batch):
     """Weights and codebooks after 4 steps in micro-batches of this size, and the last numbers."""
     trainer = tiny_trainer(gm, data, out, stage, micro_batch=micro_batch, lr=1e-4, min_lr=1e-4,
-                           action_noise=0.3, clean_frames=0.3, dyn_layers=1)
+                           lam_roll=True, action_noise=0.3, clean_frames=0.3, dyn_layers=1)
     for trainer.step in range(4):
         numbers = trainer.optimizer_step()
     return weights_of(trainer.genie), numbers
@@ -1946,26 +1946,25 @@ def test_action_noise(noise, gm=genie_mini):
         tokens, actions, *rest)
     frames = random_frames(200, 3)[:, [0, 0, 1, 2]]                     # the first step is quiet
     tokens = genie.tokenizer.encode(frames)[1]
-    swaps, masked = gm.world_noise(genie, frames, tokens, gm.seeded(0))
+    shifts, swaps, masked = gm.world_noise(genie, frames, tokens, gm.seeded(0))
     assert swaps.shape == (200, 3) and set(swaps.unique().tolist()) <= set(range(-1, 8))
     assert (swaps[:, 0] >= 0).float().mean().item() == pytest.approx(noise, abs=0.06)
     assert (swaps[:, 1:] >= 0).float().mean() <= noise / 2, "in the louder half of the steps"
     assert noise == 0 or len(swaps.unique()) >= 8, "any button"
     genie.lam.quantizer.ema_count[:] = torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])
-    usual = torch.stack([gm.world_noise(genie, frames, tokens, gm.seeded(1, i))[0]
-                         for i in range(10)])
+    usual = gm.world_noise(genie, frames, tokens, gm.seeded(1))[1]
     assert set(usual.unique().tolist()) <= {-1, 0, 1}, "no code that is not in use"
     genie.lam.quantizer.ema_count[:] = 1
-    assert noise == 0 or 2.3 < (usual == 0).sum() / (usual == 1).sum() < 3.9, "as often as in use"
+    assert noise == 0 or 2 < (usual == 0).sum() / (usual == 1).sum() < 4.5, "as often as in use"
     with torch.no_grad():
-        gm.world_losses(genie, frames, tokens, swaps, masked)
+        gm.world_losses(genie, frames, tokens, shifts, swaps, masked)
         inferred = genie.lam.encode(frames)[0]
     swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]
     expected = torch.where(swaps[..., None] >= 0, swapped, inferred)
     assert close(given[0], expected)
     genie.lam.quantizer.started.fill_(False)
     with torch.no_grad():
-        gm.world_losses(genie, frames, tokens, swaps, masked)
+        gm.world_losses(genie, frames, tokens, shifts, swaps, masked)
         inferred = genie.lam.encode(frames)[0]
     assert close(given[1], inferred), "before the codebook starts there is nothing to swap with"
 
@@ -2071,12 +2070,30 @@ def test_stage_2_leaves_the_tokenizer_alone(demo_file, tmp_path, gm=genie_mini):
     assert trainer.genie.tokenizer.quantizer.seen == [], "memory would grow with every step"
 
 
+def test_lam_roll(gm=genie_mini):
+    """Failing means that lam_roll does nothing, tears the frames of a clip apart, or is on unasked.
+
+    Given shifts, the encoder must see just what it would see in clips rolled beforehand.
+    """
+    lam, frames = tiny_genie(gm).lam, random_frames(2, 4)
+    lam.quantizer.started.fill_(False)
+    rolled = torch.stack([frames[0].roll((5, 60), (1, 2)), frames[1].roll((16, 0), (1, 2))])
+    seen = lam.encode(frames, torch.tensor([[5, 60], [16, 0]]))[0]
+    assert close(seen, lam.encode(rolled)[0]) and not close(seen, lam.encode(frames)[0])
+    assert (lam.encode(frames, torch.zeros(2, 2, dtype=int))[0] == lam.encode(frames)[0]).all()
+    for on in (True, False):
+        shifts = gm.world_noise(tiny_genie(gm, lam_roll=on), random_frames(50, 4),
+                                torch.zeros(50, 4, 16, dtype=torch.long), gm.seeded(0))[0]
+        assert shifts.shape == (50, 2) and shifts.min() >= 0
+        assert (len(shifts.unique()) > 30 and shifts.max() < 64) if on else shifts.max() == 0
+
+
 class Killed(Exception):
     """Stands in for a power cut."""
 
 
 TINY_RUN = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1, maskgit_steps=2,
-                min_lr=1e-4)
+                lam_roll=True, min_lr=1e-4)
 
 
 def run_of(gm, data, out, interrupt=None, how="stop"):
@@ -2208,8 +2225,8 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(dp, "draw_curves", lambda *_: None)             # slow, and not compared
     changes = dict(tok_steps=5, dyn_steps=5, log_every=1, val_every=9, dyn_layers=1, batch=8,
-                   micro_batch=3, action_noise=0.3, dead_after=1, lr=1e-4, min_lr=1e-4,
-                   tok_codes=32)
+                   micro_batch=3, lam_roll=True, action_noise=0.3, dead_after=1, lr=1e-4,
+                   min_lr=1e-4, tok_codes=32)
     whole = tiny_trainer(genie_mini, demo_file, tmp_path / "one", **changes)
     assert whole.run()
     trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
@@ -2300,8 +2317,8 @@ CARD = dict(
     tok_steps=50_000, dyn_steps=50_000, batch=128, tok_frames=16, dyn_frames=16)
 
 NO_DEPARTURE = dict(tok_space=True, tok_time=True, lam_time=True, lam_input="frames",
-                    lam_pool="mean", lam_unquantized=0, dyn_fold=1, clean_frames=0.0,
-                    action_noise=0.0, neighbour_start=False)
+                    lam_roll=False, lam_pool="mean", lam_unquantized=0, dyn_fold=1,
+                    clean_frames=0.0, action_noise=0.0, neighbour_start=False)
 
 
 def test_full_is_the_card(gm=genie_mini):
@@ -2443,7 +2460,7 @@ def test_random_actions_are_among_those_in_use(demo_file, gm=genie_mini):
     genie, data, pressed = tiny_genie(gm, dyn_layers=1), gm.Sequences(demo_file, "val"), set()
     codes = torch.tensor([1, 6])[torch.arange(15) % 2]
 
-    def encode(frames):
+    def encode(frames, shifts=None):
         indices = codes.expand(len(frames), 15)
         return genie.lam.quantizer.codebook[indices], indices, torch.tensor(0.0)
 
@@ -2466,7 +2483,7 @@ def test_evaluation_of_a_perfect_world(demo_file, gm=genie_mini):
     genie.lam.quantizer.codebook.copy_(torch.randn(8, 4, generator=gm.seeded(3)))
     indices = np.arange(len(data))
     video = data.frames(indices)
-    genie.lam.encode = lambda frames: (
+    genie.lam.encode = lambda frames, shifts=None: (
         torch.zeros(len(frames), 15, 4), torch.arange(15).expand(len(frames), 15) % 8, 0)
 
     def rollout(first, actions, generator):
@@ -3010,6 +3027,11 @@ BUGS = [
      test_gradients_stay_where_they_belong, {}),
     ("tokenizer still training in stage 2", "genie = self.genie.eval()", "genie = self.genie",
      test_stage_2_leaves_the_tokenizer_alone, {}),
+    ("frames of a clip rolled apart", "x[b].roll(shifts[b].tolist(), (1, 2))",
+     "torch.stack([f.roll((t + 1) * int(shifts[b, 0]), 0) for t, f in enumerate(x[b])])",
+     test_lam_roll, {}),
+    ("all clips rolled alike", "shifts[b].tolist()", "shifts[0].tolist()", test_lam_roll, {}),
+    ("rolled unasked", "* c.lam_roll", "", test_lam_roll, {}),
     ("loss over the masked tokens of a micro-batch", 'reduction="sum")\n        rate',
      'reduction="mean") * 144\n        rate', test_micro_batches_equal_one_big_batch, {"stage": 1}),
     ("optimizer forgotten on resuming", '{**self.optimizer.state_dict(), "state": moments}',
@@ -3661,7 +3683,7 @@ def test_growth_picture_is_the_notebook_s():
     ("train --data D --learning_rate 1", "--learning_rate"),
     ("train --data D --preset smoke --tok_dim wide", "--tok_dim"),
     ("train --data D --preset smoke --batch 1.5", "--batch"),
-    ("train --data D --preset smoke --lam_time maybe", "--lam_time"),
+    ("train --data D --preset smoke --lam_roll maybe", "--lam_roll"),
     ("train --data D --preset huge", "choose full, laptop, smoke"),
     ("train --data D --preset smoke --device tpu", "--device"),
     ("train --data D --preset smoke --tok_dim 36 --tok_heads 8", "multiple of"),
