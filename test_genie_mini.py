@@ -2071,7 +2071,8 @@ def test_stage_2_leaves_the_tokenizer_alone(demo_file, tmp_path, gm=genie_mini):
 
 
 def test_lam_roll(gm=genie_mini):
-    """Failing means that lam_roll does nothing, tears the frames of a clip apart, or is on unasked.
+    """Failing means that lam_roll does nothing, tears the frames of a clip apart or patches of the
+    tokenizer, or is on unasked.
 
     Given shifts, the encoder must see just what it would see in clips rolled beforehand.
     """
@@ -2082,10 +2083,11 @@ def test_lam_roll(gm=genie_mini):
     assert close(seen, lam.encode(rolled)[0]) and not close(seen, lam.encode(frames)[0])
     assert (lam.encode(frames, torch.zeros(2, 2, dtype=int))[0] == lam.encode(frames)[0]).all()
     for on in (True, False):
-        shifts = gm.world_noise(tiny_genie(gm, lam_roll=on), random_frames(50, 4),
+        genie = tiny_genie(gm, lam_roll=on)
+        shifts = gm.world_noise(genie, random_frames(50, 4),
                                 torch.zeros(50, 4, 16, dtype=torch.long), gm.seeded(0))[0]
-        assert shifts.shape == (50, 2) and shifts.min() >= 0
-        assert (len(shifts.unique()) > 30 and shifts.max() < 64) if on else shifts.max() == 0
+        expected = range(0, 64, genie.config.tok_patch) if on else [0]
+        assert shifts.shape == (50, 2) and set(shifts.unique().tolist()) == set(expected)
 
 
 class Killed(Exception):
@@ -3032,6 +3034,7 @@ BUGS = [
      test_lam_roll, {}),
     ("all clips rolled alike", "shifts[b].tolist()", "shifts[0].tolist()", test_lam_roll, {}),
     ("rolled unasked", "* c.lam_roll", "", test_lam_roll, {}),
+    ("rolled by pixels", "c.tok_patch * patches", "patches", test_lam_roll, {}),
     ("loss over the masked tokens of a micro-batch", 'reduction="sum")\n        rate',
      'reduction="mean") * 144\n        rate', test_micro_batches_equal_one_big_batch, {"stage": 1}),
     ("optimizer forgotten on resuming", '{**self.optimizer.state_dict(), "state": moments}',
