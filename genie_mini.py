@@ -189,7 +189,7 @@ PRESETS = {
         lam_pool="changed", lam_unquantized=1200, dyn_dim=128, dyn_layers=4, dyn_fold=2,
         dyn_frames=2, dyn_steps=2400, action_noise=0.8, temperature=0.1, order_noise=0.0,
         mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
-        min_lr=1e-4, warmup=100, beta2=0.99, val_every=200),
+        min_lr=1e-4, warmup=100, beta2=0.99, val_every=240),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
