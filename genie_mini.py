@@ -148,6 +148,9 @@ class Config:
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
+    lam_steps: int = setting(0, "of which the latent action model trains in the first so many, with"
+                             " a cosine of its own (0: in all; departure: it is done far sooner"
+                             " than the dynamics, and a step without it is cheaper)")
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
     micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
                                " gradient is the same")
@@ -179,6 +182,11 @@ class Config:
                                  " (departure: a frame has a few doubtful tokens, and is done in"
                                  " three passes, not ten)", options=("cosine", "adaptive"))
 
+    @property
+    def lam_end(self):
+        """The step of stage 2 from which on the dynamics model trains alone."""
+        return min(self.lam_steps or self.dyn_steps, self.dyn_steps)
+
 
 PRESETS = {
     "full": {},
@@ -186,10 +194,10 @@ PRESETS = {
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_space=False, tok_time=False, tok_frames=1, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=1200, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=2400, action_noise=0.8, temperature=0.1, order_noise=0.0,
-        mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32, lr=2e-3,
-        min_lr=1e-4, warmup=100, beta2=0.99, val_every=240),
+        lam_pool="changed", lam_unquantized=400, lam_steps=800, dyn_dim=128, dyn_layers=4,
+        dyn_fold=2, dyn_frames=2, dyn_steps=2400, action_noise=0.8, temperature=0.1,
+        order_noise=0.0, mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32,
+        lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=240),
     # Everything in under a minute, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
@@ -685,7 +693,7 @@ class LatentActionModel(nn.Module):
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
         self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
                                          c.dead_after, c.commitment,
-                                         min(c.lam_unquantized, c.dyn_steps * 2 // 3))
+                                         min(c.lam_unquantized, c.lam_end * 2 // 3))
         self.embed_past = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.from_latent = nn.Linear(c.latent_dim, c.lam_dim)
         self.decoder = STTransformer(*shape)
@@ -1064,9 +1072,10 @@ class Trainer:
         genie = self.genie.eval()
         self.stage, self.step = stage, 0
         self.models = ([genie.tokenizer], [genie.lam, genie.dynamics], [])[stage]
-        self.total = (self.c.tok_steps, self.c.dyn_steps, 0)[stage]
-        parameters = [p for model in self.models for p in model.parameters()]
-        self.optimizer = parameters and make_optimizer(parameters, self.c)
+        self.totals = ([self.c.tok_steps], [self.c.lam_end, self.c.dyn_steps], [0])[stage]
+        self.total = self.totals[-1]                     # steps; the LAM may take fewer
+        groups = [{"params": list(model.parameters())} for model in self.models]
+        self.optimizer = groups and make_optimizer(groups, self.c)
         self.losses = (tokenizer_losses, world_losses, None)[stage]
         if stage == 1:
             self.tokens = self.tokenize()
@@ -1170,8 +1179,9 @@ class Trainer:
     def optimizer_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
         c, quantizer = self.c, self.models[0].quantizer  # the tokenizer's, or the LAM's
+        learning = [m for m, steps in zip(self.models, self.totals) if self.step < steps]
         for model in self.models:
-            model.train()
+            model.train(model in learning).requires_grad_(model in learning)
         generator, numbers, codes = seeded(c.seed, self.stage, self.step, 2), {}, []
         for part in self.micro_batches(generator):
             loss, logged, chosen = self.forward(part)
@@ -1180,18 +1190,20 @@ class Trainer:
             codes.append(chosen)
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.detach() * share
-        sum_over_ranks([p.grad for m in self.models for p in m.parameters()]
+        sum_over_ranks([p.grad for m in learning for p in m.parameters()]
                        + list(numbers.values()))
         numbers = {name: value.item() for name, value in numbers.items()}
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in self.models]
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in learning]
         self.check_health(sum(numbers.values()), sum(norms))
-        self.optimizer.param_groups[0]["lr"] = lr = learning_rate(self.step, self.total, c)
+        for group, total in zip(self.optimizer.param_groups, self.totals):
+            group["lr"] = lr = learning_rate(self.step, total, c)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if quantizer.started:
             codes = gather_over_ranks(torch.cat(codes))
             numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
-        quantizer.update(generator, self.latents)
+        if quantizer.training:
+            quantizer.update(generator, self.latents)
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
     def check_health(self, loss, norm):
@@ -1284,7 +1296,8 @@ class Trainer:
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
         if self.models:
             moments = (checkpoint["optimizer"] or {}).get("state")
-            if not moments_fit(moments, self.optimizer.param_groups[0]["params"]):
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            if not moments_fit(moments, parameters):
                 raise UserError("the optimizer's state in the checkpoint does not fit its models:"
                                 " train again")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})

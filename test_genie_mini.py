@@ -1927,6 +1927,25 @@ def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
 
 
+def test_lam_is_done_after_its_steps(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that lam_steps does not end the LAM's training, ends the dynamics model's, too,
+    or that the two do not follow a cosine of their own."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, lam_steps=3, dyn_steps=6, warmup=0,
+                           lam_unquantized=1, lr=1e-2, min_lr=1e-3)
+    for trainer.step in range(6):
+        lam, dynamics = weights_of(trainer.genie.lam), weights_of(trainer.genie.dynamics)
+        row = trainer.optimizer_step()
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == [gm.learning_rate(trainer.step, total, trainer.c) for total in (3, 6)]
+        assert row["lr"] == rates[1] and row["pixel_loss"] > 0
+        for before, module in ((lam, trainer.genie.lam), (dynamics, trainer.genie.dynamics)):
+            after = weights_of(module)
+            moved = [name for name in after if not torch.equal(before[name], after[name])]
+            assert bool(moved) == (module is trainer.genie.dynamics or trainer.step < 3), moved
+    assert trainer.genie.lam.quantizer.started
+    assert gm.Config(lam_steps=9, dyn_steps=6).lam_end == gm.Config(dyn_steps=6).lam_end == 6
+
+
 def test_gradients_are_clipped(demo_file, tmp_path, gm=genie_mini):
     """Failing means that one odd batch can throw the weights far away."""
     trainer, norms = tiny_trainer(gm, demo_file, tmp_path, grad_clip=0.01), []
@@ -2095,7 +2114,7 @@ class Killed(Exception):
 
 
 TINY_RUN = dict(tok_steps=6, dyn_steps=6, log_every=2, val_every=4, dyn_layers=1, maskgit_steps=2,
-                lam_roll=True, min_lr=1e-4)
+                lam_roll=True, lam_steps=4, min_lr=1e-4)
 
 
 def run_of(gm, data, out, interrupt=None, how="stop"):
@@ -2227,8 +2246,8 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(dp, "draw_curves", lambda *_: None)             # slow, and not compared
     changes = dict(tok_steps=5, dyn_steps=5, log_every=1, val_every=9, dyn_layers=1, batch=8,
-                   micro_batch=3, lam_roll=True, action_noise=0.3, dead_after=1, lr=1e-4,
-                   min_lr=1e-4, tok_codes=32)
+                   micro_batch=3, lam_roll=True, lam_steps=4, action_noise=0.3, dead_after=1,
+                   lr=1e-4, min_lr=1e-4, tok_codes=32)
     whole = tiny_trainer(genie_mini, demo_file, tmp_path / "one", **changes)
     assert whole.run()
     trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
@@ -2320,7 +2339,7 @@ CARD = dict(
 
 NO_DEPARTURE = dict(tok_space=True, tok_time=True, lam_time=True, lam_input="frames",
                     lam_roll=False, lam_pool="mean", lam_unquantized=0, dyn_fold=1,
-                    clean_frames=0.0, action_noise=0.0, neighbour_start=False)
+                    lam_steps=0, clean_frames=0.0, action_noise=0.0, neighbour_start=False)
 
 
 def test_full_is_the_card(gm=genie_mini):
@@ -2970,6 +2989,10 @@ BUGS = [
      test_optimizer_is_the_one_asked_for, {}),
     ("twice the learning rate", '["lr"] = lr = learning_rate(', '["lr"] = lr = 2 * learning_rate(',
      test_optimizer_is_the_one_asked_for, {}),
+    ("a LAM that is never done", "if self.step < steps]", "]",
+     test_lam_is_done_after_its_steps, {}),
+    ("one cosine for both", "learning_rate(self.step, total, c)",
+     "learning_rate(self.step, self.total, c)", test_lam_is_done_after_its_steps, {}),
     ("gradients not clipped", "nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip)",
      "nn.utils.clip_grad_norm_(m.parameters(), 1e9)", test_gradients_are_clipped, {}),
     ("action noise ignored", "(swaps[..., None] >= 0)", "(swaps[..., None] > 99)",
