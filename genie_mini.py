@@ -1380,7 +1380,7 @@ def compare_actions(latent, true):
     def entropy(p):
         return -(p[p > 0] * np.log(p[p > 0])).sum()
 
-    information = entropy(rows) + entropy(columns) - entropy(joint.ravel())
+    information = max(0.0, entropy(rows) + entropy(columns) - entropy(joint.ravel()))   # not -0
     mean = (entropy(rows) + entropy(columns)) / 2
     return {"nmi": float(information / mean) if mean > 0 else 0.0,
             "accuracy": float(joint.max(1).sum()), "accuracy_chance": float(columns.max())}
