@@ -141,16 +141,17 @@ class Config:
     dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
     tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts (half of a"
                                    " shorter run): k-means++ needs encoder outputs that differ")
-    lam_unquantized: int = setting(0, "the same for the latent action model (two thirds of a"
-                                   " shorter run); half of the run is best: by then the latents"
-                                   " name actions, and the cosine has brought the steps down, so"
-                                   " that no jump of the encoder merges codes (at a third it did)")
+    lam_unquantized: int = setting(0, "the same for the latent action model (two thirds of its"
+                                   " steps, if these are fewer); half of its steps is best: the"
+                                   " latents then name actions, and the cosine has brought the rate"
+                                   " down, so that no jump of the encoder merges codes (at a third"
+                                   " it did)")
     # Training
     tok_steps: int = setting(50_000, "optimizer steps of stage 1")
     dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
-    lam_steps: int = setting(0, "of which the latent action model trains in the first so many, with"
-                             " a cosine of its own (0: in all; departure: it is done far sooner"
-                             " than the dynamics, and a step without it is cheaper)")
+    lam_steps: int = setting(0, "the latent action model trains in the first so many steps of stage"
+                             " 2, with a cosine of its own (0: in all; departure: it is done far"
+                             " sooner than the dynamics, and a step without it is cheaper)")
     batch: int = setting(128, "sequences the optimizer sees a step", low=1)
     micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
                                " gradient is the same")
@@ -198,7 +199,7 @@ PRESETS = {
         dyn_fold=2, dyn_frames=2, dyn_steps=2400, action_noise=0.8, temperature=0.1,
         order_noise=0.0, mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32,
         lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=240),
-    # Everything in under a minute, for tests; it learns next to nothing.
+    # Everything in a minute or two, for tests; it learns next to nothing.
     "smoke": dict(
         tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
         tok_unquantized=20, lam_dim=32, lam_heads=2, lam_layers=1, dyn_dim=32,
@@ -981,7 +982,8 @@ class Genie(nn.Module):
 #
 # Problem: three models, two of which need the third to be finished. So stage 1 trains the tokenizer
 # alone. Stage 2 freezes it, and trains LAM and dynamics side by side: the LAM on pixels by its own
-# reconstruction, the dynamics on tokens, taking its actions from the LAM with a stop-gradient.
+# reconstruction, the dynamics on tokens, taking its actions from the LAM with a stop-gradient. The
+# LAM may be done sooner (lam_steps); the dynamics then goes on alone, with the actions as they are.
 #
 # Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights,
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
@@ -1311,7 +1313,7 @@ def troubles(result, stage):
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
                " steps get one code. Early on this is normal; if it lasts, try"
-               " --lam_input diff --lam_pool changed, and half of the steps for --lam_unquantized")
+               " --lam_input diff --lam_pool changed, and half of its steps for --lam_unquantized")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
@@ -1380,7 +1382,8 @@ def compare_actions(latent, true):
     def entropy(p):
         return -(p[p > 0] * np.log(p[p > 0])).sum()
 
-    information = max(0.0, entropy(rows) + entropy(columns) - entropy(joint.ravel()))   # not -0
+    information = entropy(rows) + entropy(columns) - entropy(joint.ravel())
+    information = max(0.0, information)                 # which rounding may take just below 0
     mean = (entropy(rows) + entropy(columns)) / 2
     return {"nmi": float(information / mean) if mean > 0 else 0.0,
             "accuracy": float(joint.max(1).sum()), "accuracy_chance": float(columns.max())}
