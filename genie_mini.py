@@ -1092,9 +1092,11 @@ class Trainer:
         """
         print(f"encoding the {len(self.train_set):,} training sequences", flush=True)
         count = len(self.train_set)
-        tokens = torch.empty(count, CLIP, self.genie.dynamics.tokens_per_frame, dtype=torch.uint8)
+        tokens = torch.zeros(count, CLIP, self.genie.dynamics.tokens_per_frame, dtype=torch.uint8)
         # Four at a time: on a CPU twice as fast as 32, whose activations do not stay in its cache.
         for i in range(0, count, 4):
+            if self.stop:                                # no need to wait: a resumed run
+                break                                    # encodes anew
             x = self.train_set.frames(range(i, min(i + 4, count))).to(self.device)
             tokens[i:i + 4] = self.genie.tokenizer.encode(x)[1]
         return tokens
@@ -1312,8 +1314,8 @@ def troubles(result, stage):
                " encoder longer before the codebook starts: --tok_unquantized 300")
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
-               " steps get one code. Early on this is normal; if it lasts, try"
-               " --lam_input diff --lam_pool changed, and half of its steps for --lam_unquantized")
+               " steps get one code. Early on this is normal; if it lasts, try --lam_input diff"
+               " --lam_pool changed, and half of the LAM's steps for --lam_unquantized")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"

@@ -2149,6 +2149,29 @@ def whole_run(demo_file, tmp_path_factory):
     return run_of(genie_mini, demo_file, tmp_path_factory.mktemp("whole"))
 
 
+def test_ctrl_c_does_not_wait_for_the_encoding(demo_file, tmp_path, whole_run, gm=genie_mini):
+    """Failing means that Ctrl-C between the stages does nothing until the whole training set is
+    encoded, or that the run then goes on with tokens that were never computed."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path, **TINY_RUN)
+    encode, calls = trainer.genie.tokenizer.encode, []
+
+    def interrupted(frames):
+        if trainer.stage == 1:
+            calls.append(len(frames))
+            trainer.stop = True                                         # as Ctrl-C does
+        return encode(frames)
+
+    trainer.genie.tokenizer.encode = interrupted
+    assert not trainer.run() and calls == [4] and len(trainer.train_set) > 4
+    checkpoint = gm.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert (checkpoint["stage"], checkpoint["step"]) == (1, 0)
+    trainer = tiny_trainer(gm, demo_file, tmp_path, **TINY_RUN)
+    trainer.resume(checkpoint)
+    assert trainer.run()
+    ends = [run["model"] for run in (torch.load(tmp_path / "checkpoint.pt"), whole_run[0])]
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[1])
+
+
 @pytest.mark.parametrize("stage, step, how", [
     (0, 3, "stop"), (0, 6, "stop"), (1, 1, "crash"), (1, 1, "stop"), (1, 6, "crash")])
 def test_resume_is_exact(demo_file, tmp_path, whole_run, monkeypatch, stage, step, how,
