@@ -1079,27 +1079,24 @@ class Trainer:
         groups = [{"params": list(model.parameters())} for model in self.models]
         self.optimizer = groups and make_optimizer(groups, self.c)
         self.losses = (tokenizer_losses, world_losses, None)[stage]
-        if stage == 1:
-            self.tokens = self.tokenize()
+        count, tokens = len(self.train_set), genie.dynamics.tokens_per_frame
+        self.tokens = torch.zeros(count, CLIP, tokens, dtype=torch.uint8)   # see tokens_of
+        self.encoded = torch.zeros(count, dtype=torch.bool)
         if self.models:
             self.micro = self.c.micro_batch or self.fitting_micro_batch()
 
     @torch.no_grad()
-    def tokenize(self):
-        """The tokens of the training set, (S, 16, N) uint8: frozen, so computed only once.
+    def tokens_of(self, picks):
+        """The tokens of these training sequences, (B, 16, N) uint8: frozen, so computed only once.
 
-        Each frame's tokens have seen the frames before it in its sequence, as in evaluation.
+        Each frame's tokens have seen the frames before it in its sequence, as in evaluation. One
+        sequence at a time: on a CPU as fast as many, and the same in whatever batch it is drawn.
         """
-        print(f"encoding the {len(self.train_set):,} training sequences", flush=True)
-        count = len(self.train_set)
-        tokens = torch.zeros(count, CLIP, self.genie.dynamics.tokens_per_frame, dtype=torch.uint8)
-        # Four at a time: on a CPU twice as fast as 32, whose activations do not stay in its cache.
-        for i in range(0, count, 4):
-            if self.stop:                                # no need to wait: a resumed run
-                break                                    # encodes anew
-            x = self.train_set.frames(range(i, min(i + 4, count))).to(self.device)
-            tokens[i:i + 4] = self.genie.tokenizer.encode(x)[1]
-        return tokens
+        for i in picks:
+            if not self.encoded[i]:
+                x = self.train_set.frames([i]).to(self.device)          # (1, 16, 64, 64)
+                self.tokens[i], self.encoded[i] = self.genie.tokenizer.encode(x)[1][0], True
+        return self.tokens[picks]
 
     def run(self):
         """Train from wherever the run stands to its end. Returns False if asked to stop."""
@@ -1154,7 +1151,7 @@ class Trainer:
         self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
         inputs = [self.train_set.frames(self.picks, first, length)]
         if self.stage == 1:
-            tokens = self.tokens[self.picks, first:first + length].long()   # (B, T, N)
+            tokens = self.tokens_of(self.picks)[:, first:first + length].long()     # (B, T, N)
             inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
         mine = slice(RANK * share, (RANK + 1) * share)
         return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
