@@ -1723,7 +1723,8 @@ def compile_blocks(device):
         raise UserError(f"--compile: torch.compile does not work here ({reason}); install a C++"
                         " compiler, or leave --compile out") from None
     print("--compile: the first steps take up to a minute", flush=True)
-    STBlock.forward = torch.compile(STBlock.forward)
+    torch._dynamo.config.cache_size_limit = 64           # kinds of input; from the ninth on it would
+    STBlock.forward = torch.compile(STBlock.forward)     # by default no longer compile
 
 
 def saved_bytes(work):
