@@ -354,8 +354,8 @@ class SpatialAttention(nn.Module):
         """x (B, T, N, D) -> the same shape: each position a mixture of its frame's values."""
         B, T, N, D = x.shape
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, BT, h, N, e)
-        (q, k), v = rotate(qkv[:2], self.angles), qkv[2]                # each (BT, h, N, e)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (BT, h, N, e)
+        q, k = rotate(q, self.angles), rotate(k, self.angles)
         if fused_pays(q):                                               # section 12
             y = F.scaled_dot_product_attention(q, k, v)                 # (BT, h, N, e)
         else:
@@ -392,7 +392,9 @@ class TemporalAttention(nn.Module):
         now = 0 if past is None else past[0].shape[3]                   # time of x's first frame
         end = now + T
         qkv = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
-        (q, k), v = rotate(qkv[:2], self.angles[now:end]), qkv[2]       # each (B, N, h, T, e)
+        q, k, v = qkv.unbind()                                          # each (B, N, h, T, e)
+        angles = self.angles[now:end]                                   # (T, e/2)
+        q, k = rotate(q, angles), rotate(k, angles)
         if past is None and fused_pays(q):                              # section 12
             flat = [x.flatten(0, 1) for x in (q, k, v)]                 # each (BN, h, T, e)
             y = F.scaled_dot_product_attention(*flat, is_causal=True).view_as(q)
