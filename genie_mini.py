@@ -745,8 +745,8 @@ class LatentActionModel(nn.Module):
 # Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
 
 
-SURE = 0.99                     # a guess of this probability need not wait (mask_schedule adaptive);
-                                # at 0.9 the demo world lost its hero in 7 % of frames, not 0.5 %
+SURE = 0.99                     # mask_schedule adaptive: a guess of this probability need not
+                                # wait; at 0.9 the hero was lost in 7 % of the frames, not 0.5 %
 
 
 def gumbel(shape, generator):
@@ -1726,8 +1726,8 @@ def compile_blocks(device):
         raise UserError(f"--compile: torch.compile does not work here ({reason}); install a C++"
                         " compiler, or leave --compile out") from None
     print("--compile: the first steps take up to a minute", flush=True)
-    torch._dynamo.config.cache_size_limit = 64           # kinds of input; from the ninth on it would
-    STBlock.forward = torch.compile(STBlock.forward)     # by default no longer compile
+    torch._dynamo.config.cache_size_limit = 64           # kinds of input; by default it does not
+    STBlock.forward = torch.compile(STBlock.forward)     # compile the ninth and any further one
 
 
 def saved_bytes(work):
@@ -2147,8 +2147,8 @@ def newest_checkpoint(path):
 
 DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
-SAMPLING = ("maskgit_steps", "temperature", "order_noise",      # a trained run may be
-            "mask_schedule")                                    # sampled anew
+PLAYING = ("maskgit_steps", "temperature", "order_noise",       # a trained run may be sampled, and
+           "mask_schedule", "precision")                        # computed, in another way
 
 
 def checkpoint_path(run):
@@ -2159,9 +2159,9 @@ def checkpoint_path(run):
 
 
 def load_run(args):
-    """The Genie that eval or play works on, with the sampling settings given. Raises UserError."""
+    """The Genie that eval or play works on, with the settings given (PLAYING). Raises UserError."""
     genie = Genie.load(checkpoint_path(args.run))
-    for name in SAMPLING:
+    for name in PLAYING:
         if getattr(args, name) is not None:
             setattr(genie.config, name, getattr(args, name))
     check_config(genie.config)
@@ -2292,7 +2292,7 @@ def true_or_false(text):
 
 
 def build_parser():
-    """The commands and their flags: every Config field, for eval and play the sampling ones."""
+    """The commands and their flags: every Config field, for eval and play those in PLAYING."""
     parser = data_prep.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(dest="command", required=True)
     commands = {
@@ -2306,7 +2306,7 @@ def build_parser():
     add = {name: subcommands.choices[name].add_argument for name in commands}
     for name in commands:
         for f in dataclasses.fields(Config):
-            if name in ("eval", "play") and f.name not in SAMPLING:
+            if name in ("eval", "play") and f.name not in PLAYING:
                 continue
             convert = {bool: true_or_false, "micro_batch": number_or_auto}
             add[name]("--" + f.name, type=convert.get(f.name, convert.get(f.type, f.type)),
@@ -2331,8 +2331,8 @@ def build_parser():
     add["play"]("--out", help="save a GIF instead of opening a window [with --actions: roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
     for name in ("play", "bench"):
-        add[name]("--compile", action="store_true", help="play by compiled ST-blocks (torch.compile):"
-                  " faster, after a minute at most; needs a C++ compiler")
+        add[name]("--compile", action="store_true", help="play by compiled ST-blocks, which are"
+                  " faster after at most a minute (torch.compile); needs a C++ compiler")
     for name in ("eval", "play", "bench"):
         add[name]("--force", action="store_true", help="replace output files that exist")
     parser.commands = subcommands.choices

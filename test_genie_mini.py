@@ -3294,12 +3294,14 @@ def test_eval_command(workspace, tmp_path, capsys):
 
 
 def test_a_run_can_be_sampled_anew(workspace, tmp_path):
-    """Failing means that eval and play ignore the sampling settings that they are given."""
-    flags = "--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule adaptive".split()
-    args = genie_mini.build_parser().parse(["eval", "--run", str(workspace / "run"), *flags])
+    """Failing means that eval and play ignore the settings that they are given."""
+    flags = ("--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule adaptive"
+             " --precision bfloat16")
+    command = ["eval", "--run", str(workspace / "run"), *flags.split()]
+    args = genie_mini.build_parser().parse(command)
     config = genie_mini.load_run(args).config
-    assert (config.temperature, config.order_noise, config.maskgit_steps,
-            config.mask_schedule) == (0.25, 0, 3, "adaptive")
+    assert (config.temperature, config.order_noise, config.maskgit_steps, config.mask_schedule,
+            config.precision) == (0.25, 0, 3, "adaptive", "bfloat16")
     made = [gif_frames(play_command(workspace, tmp_path / f"{t}.gif", "--actions", "0,1,2,3",
                                     "--temperature", str(t))) for t in (0, 50)]
     assert (made[0] != made[1]).any()
@@ -3659,8 +3661,20 @@ def ablation_table():
                f"{row['world']['one_hero']:.2f} |")
 
 
+def bfloat16_table():
+    """README's table of a run in bfloat16 beside the three seeds in float32, a line at a time."""
+    rounded = json.loads((ASSETS / "bfloat16.json").read_text("utf-8"))
+    runs = [json.loads((ASSETS / name).read_text("utf-8")) for name, _ in SEEDS]
+    for part, name, digits in (
+            ("tokenizer", "wrong_pixels", 3), ("lam", "wrong_pixels", 2), ("lam", "accuracy", 3),
+            ("lam", "nmi", 3), ("dynamics", "delta_psnr", 2),
+            ("dynamics", "wrong_pixels_inferred", 1), ("world", "one_hero", 3)):
+        least, most = (f"{end(run[part][name] for run in runs):.{digits}f}" for end in (min, max))
+        yield f"| {part}.{name} | {rounded[part][name]:.{digits}f} | {least} to {most} |"
+
+
 @pytest.mark.parametrize("table, lines", [(seeds_table, 13), (progress_table, 4),
-                                          (ablation_table, 14)])
+                                          (ablation_table, 14), (bfloat16_table, 7)])
 def test_readme_shows_the_recorded_seeds(table, lines):
     """Failing means that a number in one of README's tables is not the one in assets/."""
     shown = (ASSETS.parent / "README.md").read_text("utf-8").splitlines()
