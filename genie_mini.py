@@ -354,6 +354,7 @@ class SpatialAttention(nn.Module):
         """x (B, T, N, D) -> the same shape: each position a mixture of its frame's values."""
         B, T, N, D = x.shape
         qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
+        # Not by slices: the gradient of a slice is a table of zeros as large as all of qkv.
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (BT, h, N, e)
         q, k = rotate(q, self.angles), rotate(k, self.angles)
         if fused_pays(q):                                               # section 12
@@ -1609,6 +1610,8 @@ def arrow_keys(motion, changed):
 def open_window(args, genie):
     """Play in a window. Raises UserError where matplotlib can open none."""
     plt, firsts = data_prep.screen(), first_frames(args, genie)
+    if args.compile:
+        compile_blocks(genie.device)                                    # section 12
     arrows = arrow_keys(*button_motion(genie, firsts))
     window = data_prep.Window(genie, firsts, arrows, seeded(args.seed))
     print(window.HELP)
@@ -1620,8 +1623,6 @@ def play(args):
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}: it cannot be negative")
     genie = load_run(args)
-    if args.compile:
-        compile_blocks(genie.device)                                    # section 12
     if args.actions is None and args.out is None:
         return open_window(args, genie)
     out = data_prep.check_output(args.out or "roll.gif", (".gif",), args.force)
@@ -1629,6 +1630,8 @@ def play(args):
     if args.actions is not None:
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
     first = first_frames(args, genie)[:1].expand(len(plan), SIZE, SIZE)
+    if args.compile:
+        compile_blocks(genie.device)                                    # section 12
     genie.rollout(first, plan[:, :2], seeded(args.seed))                # to warm up
     began = time.monotonic()
     made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
