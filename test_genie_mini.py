@@ -1782,7 +1782,7 @@ def test_compiled_blocks_play_the_same(monkeypatch, gm=genie_mini):
     The graphs are made by torch.compile and run as they are, so that no C++ compiler is needed.
     """
     genie, graphs = tiny_genie(gm), []
-    first, plan = random_frames(2, 1)[:, 0], torch.tensor([[1, 2, 3, 4, 5, 6]] * 2)
+    first, plan = random_frames(2, 1)[:, 0], torch.tensor([[1, 2, 3]] * 2)
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(
         torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
