@@ -80,7 +80,7 @@ def check_output(path, suffixes, force):
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file inside it")
     if path.suffix.lower() not in suffixes:
-        raise UserError(f"{path} must end in {' or '.join(suffixes)}; change the name after -o")
+        raise UserError(f"{path} must end in {' or '.join(suffixes)}: give that file another name")
     if path.exists() and not force:
         raise UserError(f"{path} exists already; choose another name or pass --force to replace it")
     folder = nearest_folder(path)
