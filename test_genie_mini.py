@@ -1646,13 +1646,13 @@ def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     """Failing means that what is learned at one place or time does not hold at another, and that
     play past 16 frames would be at times never seen in training."""
     q, k = torch.randn(2, 8, generator=gm.seeded(0))
-    angles = gm.rotary_angles(torch.arange(40), 4)                                 # (40, 4)
-    scores = gm.rotate(q.expand(40, 8), angles) @ gm.rotate(k.expand(40, 8), angles).T
+    turns = gm.rotary_turns(torch.arange(40), 4)                        # (2, 40, 4)
+    scores = gm.rotate(q.expand(40, 8), turns) @ gm.rotate(k.expand(40, 8), turns).T
     for step in range(-12, 13):
         along = scores.diagonal(step)
         assert close(along, along[0].expand_as(along), 1e-4), step
     assert scores[20].std() > 0.1, "and they must depend on the difference"
-    lengths = gm.rotate(q.expand(40, 8), angles).norm(dim=1)
+    lengths = gm.rotate(q.expand(40, 8), turns).norm(dim=1)
     assert close(lengths, q.norm().expand(40)), "a rotation keeps the length"
 
 
@@ -1665,8 +1665,8 @@ def test_time_attention_by_hand(gm=genie_mini):
     """
     layer, x = gm.TemporalAttention(8, 1), torch.randn(1, 5, 1, 8)
     q, k, v = layer.qkv(x[0, :, 0]).chunk(3, dim=-1)                    # each (T, e)
-    angles = gm.rotary_angles(torch.arange(5), 4)
-    q, k = gm.rotate(q, angles), gm.rotate(k, angles)
+    turns = gm.rotary_turns(torch.arange(5), 4)
+    q, k = gm.rotate(q, turns), gm.rotate(k, turns)
     y = layer(x, None)[0]
     for t in range(5):
         seen = slice(t + 1)
@@ -1684,9 +1684,9 @@ def test_space_attention_by_hand(gm=genie_mini):
     """
     layer, x = gm.SpatialAttention(8, 2, 2, False), torch.randn(1, 2, 4, 8)
     heads, rows, cols = [], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    turn = torch.cat([gm.rotary_angles(rows, 1), gm.rotary_angles(cols, 1)], dim=1)
+    turns = torch.cat([gm.rotary_turns(rows, 1), gm.rotary_turns(cols, 1)], dim=-1)
     for q, k, v in zip(*(part.chunk(2, dim=1) for part in layer.qkv(x[0, 1]).chunk(3, dim=1))):
-        scores = gm.rotate(q, turn) @ gm.rotate(k, turn).T / math.sqrt(4)    # (N, N)
+        scores = gm.rotate(q, turns) @ gm.rotate(k, turns).T / math.sqrt(4)    # (N, N)
         heads.append(scores.softmax(1) @ v)
     assert close(layer(x)[0, 1], layer.out(torch.cat(heads, dim=1)))
 
@@ -1696,7 +1696,7 @@ def spatial_scores(gm, dim, heads, side):
     layer = gm.SpatialAttention(dim, heads, side, neighbour_start=True)
     qkv = layer.qkv(torch.zeros(side * side, dim)).view(-1, 3, heads, dim // heads)
     q, k, _ = qkv.permute(1, 2, 0, 3)                                   # each (h, N, e)
-    scores = gm.rotate(q, layer.angles) @ gm.rotate(k, layer.angles).transpose(1, 2)
+    scores = gm.rotate(q, layer.turns) @ gm.rotate(k, layer.turns).transpose(1, 2)
     return scores.detach() / math.sqrt(dim // heads)
 
 
@@ -1867,7 +1867,7 @@ def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, gm=genie_mini):
     remembered, observe = [], gm.Genie.observe
     monkeypatch.setattr(gm.Genie, "observe", lambda genie, state, *rest: remembered.append(
         state.tokens.shape[1]) or observe(genie, state, *rest))
-    monkeypatch.setattr(gm, "timed", lambda cached, *_, repeats: cached() or np.ones((1, 3)))
+    monkeypatch.setattr(gm, "timed", lambda _, cached, *__, repeats: cached() or np.ones((1, 3)))
     config = gm.Config(**{**gm.PRESETS["smoke"], "dyn_frames": 6})
     assert gm.bench_play(config, torch.device("cpu"))["fps"] == 3       # 3 frames in 1 second
     assert remembered == [3, 4, 5] * 2, "once to time it, once to count its float operations"
@@ -2960,8 +2960,8 @@ BUGS = [
     ("cache not committed", "if commit:", "if False:", test_cached_dynamics_equals_uncached, {}),
     ("cache committed while refining", "if commit:", "if True:",
      test_refining_leaves_the_cache_alone, {}),
-    ("clock of the cache stands still", "self.angles[now:end]",
-     "self.angles[:T]", test_cached_dynamics_equals_uncached, {}),
+    ("clock of the cache stands still", "self.turns[:, now:end]",
+     "self.turns[:, :T]", test_cached_dynamics_equals_uncached, {}),
     *(("play remembers for ever", "if tokens.shape[1] < self.config.dyn_frames:", "if True:",
        test_long_play_stays_within_what_was_trained, {"T": T}) for T in (2, 16)),
     ("play remembers one frame too many", "if tokens.shape[1] < self", "if tokens.shape[1] <= self",
