@@ -62,7 +62,7 @@ import torch.nn.functional as F
 import data_prep
 from data_prep import UserError
 
-VERSION = 1                     # of the checkpoint format
+VERSION = 2                     # of the checkpoint format
 SIZE = data_prep.SIZE           # frames are 64 x 64 pixels
 CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
 
@@ -300,7 +300,7 @@ class Sequences:
 
 
 def rotary_turns(positions, pairs):
-    """Turn of each channel pair at each position, as cos and sin: (..., S) -> (2, ..., S, pairs).
+    """Turn of each channel pair at each position, as cos and sin: (..., S) -> (..., S, pairs, 2).
 
     Rotary positions (Su et al. 2021): turn each pair of channels of q and k by position times
     frequency. Then q . k depends on the *difference* of positions: what is learned at one place
@@ -309,14 +309,21 @@ def rotary_turns(positions, pairs):
     """
     frequencies = math.pi * (1 / 16) ** (torch.arange(pairs) / max(1, pairs - 1))
     angles = positions[..., None].float() * frequencies.to(positions.device)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x, turns):
-    """Turn the channel pairs of x (..., S, e) by turns (2, S, e/2); pair i is channels i, i+e/2."""
-    cos, sin = turns.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Turn the channel pairs (0, 1), (2, 3) ... of x (..., S, e) by turns (S, e/2, 2).
+
+    A pair (a, b) is a complex number a + ib, and to turn it is to multiply it by cos + i sin. A CPU
+    has that as one operation: a training step of `full` is 1.1 times as fast as with real numbers.
+    """
+    pairs = x.unflatten(-1, (-1, 2))                                    # (..., S, e/2, 2)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():    # which fuses real ones
+        turned = torch.view_as_complex(pairs.float()) * torch.view_as_complex(turns)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.to(x.dtype).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 class SpatialAttention(nn.Module):
@@ -330,8 +337,8 @@ class SpatialAttention(nn.Module):
         # Half of the channel pairs turn with the row, the other half with the column.
         pairs = dim // heads // 4
         row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-        turns = torch.cat([rotary_turns(row, pairs), rotary_turns(col, pairs)], dim=-1)
-        self.register_buffer("turns", turns, persistent=False)          # (2, N, e/2)
+        turns = torch.cat([rotary_turns(row, pairs), rotary_turns(col, pairs)], dim=-2)
+        self.register_buffer("turns", turns, persistent=False)          # (N, e/2, 2)
         nn.init.zeros_(self.qkv.bias)
         if neighbour_start:
             self.start_on_neighbours(dim, heads, pairs)
@@ -345,12 +352,11 @@ class SpatialAttention(nn.Module):
         start: the biases are trained like any weight.
         """
         steps = [(-1, 0), (1, 0), (0, -1), (0, 1)]
-        bias = self.qkv.bias.view(3, heads, dim // heads)
-        bias[1, :, :2 * pairs] = strength                               # k: (cos, sin) = (1, 0)
+        bias = self.qkv.bias.view(3, heads, 2 * pairs, 2)
+        bias[1, :, :, 0] = strength                                     # k: (cos, sin) = (1, 0)
         for head in range(heads):
             back = [rotary_turns(torch.tensor(-s), pairs) for s in steps[head % 4]]
-            cos, sin = torch.cat(back, dim=-1)                          # each (e/2,)
-            bias[0, head] = strength * torch.cat([cos, -sin])
+            bias[0, head] = strength * torch.cat(back) * torch.tensor([1, -1])      # (e/2, 2)
 
     def forward(self, x):
         """x (B, T, N, D) -> the same shape: each position a mixture of its frame's values."""
@@ -381,7 +387,7 @@ class TemporalAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         times = torch.arange(CLIP)                      # no clip is longer, in training or at play
         turns = rotary_turns(times, dim // heads // 2)
-        self.register_buffer("turns", turns, persistent=False)          # (2, 16, e/2)
+        self.register_buffer("turns", turns, persistent=False)          # (16, e/2, 2)
         self.register_buffer("later", times > times[:, None], persistent=False)     # (16, 16)
 
     def forward(self, x, past):
@@ -396,7 +402,7 @@ class TemporalAttention(nn.Module):
         end = now + T
         qkv = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
         q, k, v = qkv.unbind()                                          # each (B, N, h, T, e)
-        turns = self.turns[:, now:end]                                  # (2, T, e/2)
+        turns = self.turns[now:end]                                     # (T, e/2, 2)
         q, k = rotate(q, turns), rotate(k, turns)
         if past is None and fused_pays(q):                              # section 12
             flat = [x.flatten(0, 1) for x in (q, k, v)]                 # each (BN, h, T, e)

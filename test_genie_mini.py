@@ -1646,7 +1646,7 @@ def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     """Failing means that what is learned at one place or time does not hold at another, and that
     play past 16 frames would be at times never seen in training."""
     q, k = torch.randn(2, 8, generator=gm.seeded(0))
-    turns = gm.rotary_turns(torch.arange(40), 4)                        # (2, 40, 4)
+    turns = gm.rotary_turns(torch.arange(40), 4)                        # (40, 4, 2)
     scores = gm.rotate(q.expand(40, 8), turns) @ gm.rotate(k.expand(40, 8), turns).T
     for step in range(-12, 13):
         along = scores.diagonal(step)
@@ -1654,6 +1654,22 @@ def test_rotary_scores_depend_on_the_difference(gm=genie_mini):
     assert scores[20].std() > 0.1, "and they must depend on the difference"
     lengths = gm.rotate(q.expand(40, 8), turns).norm(dim=1)
     assert close(lengths, q.norm().expand(40)), "a rotation keeps the length"
+
+
+@pytest.mark.attention
+def test_rotation_by_hand(monkeypatch, gm=genie_mini):
+    """Failing means that a pair of channels is not turned by position times frequency, or is turned
+    otherwise where the real formula is taken (torch.compile, GPUs) than by the complex one.
+
+    Two pairs, of frequencies pi and pi / 16, at position 3: turns by 3 pi and 3 pi / 16.
+    """
+    x, (c, s) = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), (math.cos(3 * math.pi / 16),
+                                                       math.sin(3 * math.pi / 16))
+    turns, expected = gm.rotary_turns(torch.tensor([3]), 2), [-1, -2, 3 * c - 4 * s, 3 * s + 4 * c]
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        assert close(gm.rotate(x, turns), torch.tensor([expected])), compiling
+        assert gm.rotate(x.bfloat16(), turns).dtype == torch.bfloat16
 
 
 @pytest.mark.attention
@@ -1684,7 +1700,7 @@ def test_space_attention_by_hand(gm=genie_mini):
     """
     layer, x = gm.SpatialAttention(8, 2, 2, False), torch.randn(1, 2, 4, 8)
     heads, rows, cols = [], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    turns = torch.cat([gm.rotary_turns(rows, 1), gm.rotary_turns(cols, 1)], dim=-1)
+    turns = torch.cat([gm.rotary_turns(rows, 1), gm.rotary_turns(cols, 1)], dim=-2)
     for q, k, v in zip(*(part.chunk(2, dim=1) for part in layer.qkv(x[0, 1]).chunk(3, dim=1))):
         scores = gm.rotate(q, turns) @ gm.rotate(k, turns).T / math.sqrt(4)    # (N, N)
         heads.append(scores.softmax(1) @ v)
@@ -2960,8 +2976,8 @@ BUGS = [
     ("cache not committed", "if commit:", "if False:", test_cached_dynamics_equals_uncached, {}),
     ("cache committed while refining", "if commit:", "if True:",
      test_refining_leaves_the_cache_alone, {}),
-    ("clock of the cache stands still", "self.turns[:, now:end]",
-     "self.turns[:, :T]", test_cached_dynamics_equals_uncached, {}),
+    ("clock of the cache stands still", "self.turns[now:end]",
+     "self.turns[:T]", test_cached_dynamics_equals_uncached, {}),
     *(("play remembers for ever", "if tokens.shape[1] < self.config.dyn_frames:", "if True:",
        test_long_play_stays_within_what_was_trained, {"T": T}) for T in (2, 16)),
     ("play remembers one frame too many", "if tokens.shape[1] < self", "if tokens.shape[1] <= self",
@@ -3014,8 +3030,10 @@ BUGS = [
     ("patches scrambled", "side, side, patch, patch).permute(0, 1, 2, 4, 3, 5)",
      "side, side, patch, patch).permute(0, 1, 4, 2, 3, 5)", test_unpatchify_is_the_inverse,
      {"patch": 4}),
-    ("no rotary positions in keys", "[a * cos - b * sin, a * sin + b * cos]", "[a * cos, b * cos]",
+    ("scaled instead of turned", "torch.view_as_complex(turns)", "turns[..., 0]",
      test_rotary_scores_depend_on_the_difference, {}),
+    ("turned the other way by the compiler", "[a * cos - b * sin, a * sin + b * cos]",
+     "[a * cos + b * sin, b * cos - a * sin]", test_rotation_by_hand, {}),
     ("neighbours the wrong way round", "torch.tensor(-s)", "torch.tensor(s)",
      test_heads_start_on_their_neighbours, {"dim": 64, "heads": 4, "side": 16}),
     ("pooled over all patches", "x = (x * moved).sum(dim=2) / moved.sum(dim=2).clamp_min(1)",
