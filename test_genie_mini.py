@@ -1668,6 +1668,7 @@ def test_rotation_by_hand(monkeypatch, gm=genie_mini):
     turns, expected = gm.rotary_turns(torch.tensor([3]), 2), [-1, -2, 3 * c - 4 * s, 3 * s + 4 * c]
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        assert gm.complex_pays(x) != compiling, "or one of the two is not tried"
         assert close(gm.rotate(x, turns), torch.tensor([expected])), compiling
         assert gm.rotate(x.bfloat16(), turns).dtype == torch.bfloat16
 
@@ -1883,10 +1884,39 @@ def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, gm=genie_mini):
     remembered, observe = [], gm.Genie.observe
     monkeypatch.setattr(gm.Genie, "observe", lambda genie, state, *rest: remembered.append(
         state.tokens.shape[1]) or observe(genie, state, *rest))
-    monkeypatch.setattr(gm, "timed", lambda _, cached, *__, repeats: cached() or np.ones((1, 3)))
+    monkeypatch.setattr(gm, "timed", lambda _, cached, *__, repeats: cached()
+                        or np.array([[6.0, 1.0, 1.0]]))
     config = gm.Config(**{**gm.PRESETS["smoke"], "dyn_frames": 6})
-    assert gm.bench_play(config, torch.device("cpu"))["fps"] == 3       # 3 frames in 1 second
+    result = gm.bench_play(config, torch.device("cpu"))                 # 3 frames in 1 second, or 6
+    assert (result["fps"], result["fps_uncached"], result["speedup"]) == (3, 0.5, 6)
     assert remembered == [3, 4, 5] * 2, "once to time it, once to count its float operations"
+
+
+def test_bench_knows_the_baseline_from_the_step(monkeypatch, gm=genie_mini):
+    """Failing means that bench takes the baseline of training for the step, or the other way."""
+    kinds, with_attention = [], gm.with_attention
+    monkeypatch.setattr(gm, "with_attention",
+                        lambda kind, work: kinds.append(kind) or with_attention(kind, work))
+
+    def timed(*works):
+        for work in works[:2]:
+            work()
+            kinds.append("done")
+        return np.array([[2.0, 1.0, 1.0]])
+
+    monkeypatch.setattr(gm, "timed", timed)
+    result = gm.bench_training(gm.Config(**gm.PRESETS["smoke"]), torch.device("cpu"))
+    assert kinds[:3] == ["written out", "done", "done"], "the first is the baseline"
+    assert {row["speedup_over_baseline"] for row in result.values()} == {2}
+
+
+def test_share_of_the_peak_by_hand(gm=genie_mini):
+    """Failing means that bench compares a speed with the peak of another round, or counts other
+    float operations than its matrix product has."""
+    assert gm.count_flops(gm.matrix_product(torch.float32, "cpu")) == gm.GEMM
+    seconds, product = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.0, 1.0])
+    row = gm.rates("speed", 8, gm.GEMM, seconds, product)   # shares 1/2, 1/2 and 1/4
+    assert (row["mfu"], row["speed"], row["speed_range"]) == (0.5, 4, [2, 8])
 
 
 def test_saved_bytes(gm=genie_mini):
@@ -3030,6 +3060,12 @@ BUGS = [
     ("patches scrambled", "side, side, patch, patch).permute(0, 1, 2, 4, 3, 5)",
      "side, side, patch, patch).permute(0, 1, 4, 2, 3, 5)", test_unpatchify_is_the_inverse,
      {"patch": 4}),
+    ("the baseline taken for the step", "theirs, ours, product", "ours, theirs, product",
+     test_bench_knows_the_baseline_from_the_step, {}),
+    ("no cache taken for the cache", "slow, fast, gemm", "fast, slow, gemm",
+     test_bench_plays_a_whole_turn_of_the_memory, {}),
+    ("the peak of another round", "GEMM / product_seconds", "GEMM / min(product_seconds)",
+     test_share_of_the_peak_by_hand, {}),
     ("scaled instead of turned", "torch.view_as_complex(turns)", "turns[..., 0]",
      test_rotary_scores_depend_on_the_difference, {}),
     ("turned the other way by the compiler", "[a * cos - b * sin, a * sin + b * cos]",
