@@ -15,21 +15,22 @@ This file bridges the gap. It makes 64x64 black-and-white frames at 10 FPS, cut 
 
 With no video at hand, `demo` renders a small game in which the true actions are known.
 
-    python data_prep.py demo    -o data/demo.npz [--minutes 60] [--seed 0] [--force]
-    python data_prep.py video   FILE [FILE ...] -o data/NAME.npz [--threshold otsu|adaptive|0-255]
-                                [--invert] [--crop center|fit] [--start S] [--end S] [--force]
+    python data_prep.py demo    -o data/demo.npz [--world demo|ball|crowd] [--minutes 60]
+                                [--seed 0] [--force]
+    python data_prep.py video   FILE [FILE ...] -o data/NAME.npz [--invert]
+                                [--threshold auto|otsu|motion|adaptive|0-255]
+                                [--crop auto|center|fit|stretch] [--actions KEYS.npy]
+                                [--start S] [--end S] [--force]
     python data_prep.py preview data/NAME.npz -o sheet.png [--split train|val|test] [--count N]
 
 Contents: 1 files and errors · 2 sequences and splits · 3 the demo world · 4 decoding video ·
-5 black and white · 6 from video to data · 7 looking and playing · 8 the command line
+5 black and white · 6 from video to data · 7 looking · 8 the command line
 """
 
 import argparse
 import base64
 import contextlib
 import difflib
-import io
-import itertools
 import json
 import math
 import os
@@ -37,13 +38,20 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
-import av
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
+
+try:                                # only videos and pictures need it: see need_av
+    import av
+    from av.error import FFmpegError
+    from av.stream import Disposition
+except ImportError:
+    av, FFmpegError = None, OSError
 
 SIZE = 64                           # a frame is SIZE x SIZE pixels
 SOURCE_FPS = 30                     # the clock that every video is put on
@@ -128,50 +136,36 @@ def check_sizes(archive):
         raise UserError("its entries claim to be larger than the whole file")
 
 
-def open_array(archive, name):
-    """Open one array of an .npz. Returns the file, at the array's first byte, its shape and type.
+def read_array(archive, name, dtype=None, tail=()):
+    """Read one array of an open .npz: of dtype and of shape (S, *tail), or, without dtype, a text.
 
     A damaged or hostile header could claim a petabyte, and np.load would try to reserve it. The
     header is a few bytes of text at the entry's beginning, so it is read and judged on its own.
-    Raises UserError when the array is absent, or not as long in bytes as its header says.
+    Raises UserError when the array is absent, another one, or not as long as its header says.
     """
     try:
         entry = archive.getinfo(name + ".npy")
     except KeyError:
         raise UserError(f"it has no array named '{name}'") from None
-    file = archive.open(entry)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise UserError(f"'{name}' is in another version of the .npy format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject or fortran:
-        raise UserError(f"'{name}' holds {dtype}, or in another order than this program writes")
-    if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
-        raise UserError(f"'{name}' is not as long as its header says")
-    return file, shape, dtype
-
-
-def read_array(archive, name, dtype, tail):
-    """Read one array of an open .npz, of shape (S, *tail). Raises UserError if it is another."""
-    file, shape, found = open_array(archive, name)
-    with file:
-        if found != np.dtype(dtype):
-            raise UserError(f"'{name}' holds {found} where {np.dtype(dtype)} is expected")
-        if len(shape) != 1 + len(tail) or shape[1:] != tail or not 1 <= shape[0] <= 10_000_000:
-            wanted = ", ".join(["S", *map(str, tail)])
-            raise UserError(f"'{name}' has shape {shape} where ({wanted}) is expected")
-        data = bytearray(math.prod(shape) * found.itemsize)
-        if file.readinto(data) != len(data):    # in place: the array costs its own size, once
-            raise UserError(f"'{name}' ends too early")
+    with archive.open(entry) as file:
+        np.lib.format.read_magic(file)
+        shape, fortran, found = np.lib.format.read_array_header_1_0(file)
+        if dtype is None:
+            right = shape == () and found.kind == "U" and found.itemsize <= 1 << 20
+        else:
+            right = found == dtype and shape[:1] > (0,) and shape[1:] == tail and not fortran
+        if not right:
+            raise UserError(f"'{name}' holds {found} of shape {shape}, which is not expected there")
+        data = bytearray(math.prod(shape) * found.itemsize) if (
+            entry.file_size == file.tell() + math.prod(shape) * found.itemsize) else b""
+        if not data or file.readinto(data) != len(data):    # in place: it costs its own size, once
+            raise UserError(f"'{name}' is not as long as its header says")
     return np.frombuffer(data, found).reshape(shape)
 
 
 def read_meta(archive):
     """Read the JSON text `meta` of an open .npz into a dict. Raises UserError when it is wrong."""
-    file, shape, dtype = open_array(archive, "meta")
-    with file:
-        if shape != () or dtype.kind != "U" or dtype.itemsize > 1 << 20:
-            raise UserError("its 'meta' is not a text, or too long")
-        meta = json.loads(str(np.frombuffer(file.read(), dtype)[0]))
+    meta = json.loads(str(read_array(archive, "meta")))
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
         raise UserError(f"its version is not {VERSION}, the only one this program reads")
     names = meta.get("action_names", [])
@@ -203,11 +197,20 @@ def load_meta(path):
         return meta
 
 
+def first_source(path):
+    """The name of a data file's first source, such as "demo world"; None where it names none."""
+    try:
+        return load_meta(path)["sources"][0]["name"]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
 def load_split(path, split):
     """Load one split ('train', 'val' or 'test') of a data file.
 
     Returns a dict: bits uint8 (S, 16, 64, 8), 8 pixels a byte, see unpack(); start int64 (S,), the
-    30 FPS tick of each sequence's first frame; actions uint8 (S, 15), or None where not known.
+    30 FPS tick of each sequence's first frame; actions uint8 (S, 15), or None where not known; grey
+    uint8 (n, 16, 64, 64), how n sequences evenly spread looked before they were black and white.
     Raises UserError for a file that is missing, truncated, of another type, shape or version.
     """
     if split not in SPLITS:
@@ -222,7 +225,15 @@ def load_split(path, split):
                 raise UserError(f"'{split}_actions' does not fit '{split}'")
         if len(start) != len(bits):
             raise UserError(f"'{split}_start' does not fit '{split}'")
-    return {"bits": bits, "start": start, "actions": actions}
+        grey = np.empty((0, FRAMES, SIZE, SIZE), np.uint8)
+        if split + "_grey.npy" in archive.namelist():
+            grey = read_array(archive, split + "_grey", np.uint8, (FRAMES, SIZE, SIZE))
+    return {"bits": bits, "start": start, "actions": actions, "grey": grey}
+
+
+def evenly(total, count):
+    """Which of `total` things to look at: at most `count`, evenly spread, each once."""
+    return np.unique(np.linspace(0, total - 1, count).round().astype(int))
 
 
 def unpack(bits):
@@ -231,13 +242,15 @@ def unpack(bits):
 
 
 def save_dataset(path, splits, meta):
-    """Write the data file. splits: name -> dict of bits, start and perhaps actions (not None)."""
+    """Write the data file. splits: name -> dict of bits, start, actions or None, perhaps grey."""
     arrays = {}
     for name, split in splits.items():
         arrays[name] = split["bits"]
         arrays[name + "_start"] = split["start"]
         if split["actions"] is not None:
             arrays[name + "_actions"] = split["actions"]
+        if "grey" in split:
+            arrays[name + "_grey"] = split["grey"]
     counts = {name: len(split["bits"]) for name, split in splits.items()}
     meta = {"version": VERSION, "fps": SOURCE_FPS // STRIDE, "source_fps": SOURCE_FPS,
             "counts": counts, **meta}
@@ -316,6 +329,9 @@ def split_sizes(windows):
 # more than the last, whole; a move shifts tokens by one place and leaves them unchanged; and a
 # press does its all or, where the way is blocked, nothing. 29 different 4x4 patches appear. (The
 # price: of a window's three staggered sequences two show the same pictures.)
+#
+# All of its state is in sight. So there is a second world, whose balls fly in a direction that only
+# a model with memory can know, and in which all goes by half a patch: BallWorld.
 # ---------------------------------------------------------------------------------------------
 
 DEMO_ACTIONS = ("stay", "up", "down", "left", "right")
@@ -348,6 +364,7 @@ FISH_RIGHT = sprite("........",     # the fish's picture does tell: the tail is 
                     "#..####.",
                     "........")
 FISH_LEFT = FISH_RIGHT[:, ::-1]
+BALL = sprite(".##.", "####", "####", ".##.")
 # What walls are built of, 2x2 patches each: brick, stone, crates and hedge.
 WALLS = (sprite("#######.",
                 "#######.",
@@ -453,6 +470,18 @@ class DemoWorld:
         blocked = not self.free[target] or overlap(target, other)
         return body if blocked else target
 
+    def is_free(self, key):
+        """Does this key move the hero, or is something in his way?"""
+        return self.moved(self.hero, MOVES[key], self.fish) != self.hero
+
+    def move(self, effect):
+        """Move hero and fish by a patch; he goes first."""
+        self.hero = self.moved(self.hero, MOVES[effect], self.fish)
+        fish = self.moved(self.fish, (0, self.fish_dx), self.hero)
+        if fish == self.fish:
+            self.fish_dx = -self.fish_dx                        # to turn takes the whole move
+        self.fish = fish
+
     def step(self, key):
         """Hold a key (0 to 4, see DEMO_ACTIONS) for 1/30 s. Returns what the hero really does.
 
@@ -460,14 +489,9 @@ class DemoWorld:
         is blocked stays, so its effect is 0 whatever the key.
         """
         if self.ticks % STRIDE == 0:
-            target = self.moved(self.hero, MOVES[key], self.fish)
-            self.effect = int(key) if target != self.hero else 0
+            self.effect = int(key) if self.is_free(key) else 0
         elif self.ticks % STRIDE == 1:
-            self.hero = self.moved(self.hero, MOVES[self.effect], self.fish)    # he moves first
-            fish = self.moved(self.fish, (0, self.fish_dx), self.hero)
-            if fish == self.fish:
-                self.fish_dx = -self.fish_dx                    # to turn takes the whole move
-            self.fish = fish
+            self.move(self.effect)
         effect = self.effect
         self.ticks += 1
         if self.ticks % LEVEL == 0:
@@ -480,8 +504,7 @@ class DemoWorld:
         Seldom 'stay' and often the one that leads to the fish: a still hero teaches little, and
         where bodies meet there is most to learn.
         """
-        keys = [key for key in range(1, len(MOVES))
-                if self.moved(self.hero, MOVES[key], self.fish) != self.hero]
+        keys = [key for key in range(1, len(MOVES)) if self.is_free(key)]
         dy, dx = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
         along = (0, np.sign(dx)) if abs(dx) > abs(dy) else (np.sign(dy), 0)     # the longer gap
         luck = self.rng.random()
@@ -499,6 +522,72 @@ class DemoWorld:
             y, x = 4 * y, 4 * x
             picture[y:y + 8, x:x + 8] = drawing     # a body's box is never over a wall
         return picture
+
+
+class BallWorld(DemoWorld):
+    """A game that needs memory: balls fly through a hall and bounce off its walls, and no single
+    frame shows which way. All goes by 2 pixels a move, half a patch. The hero passes before a ball.
+    """
+
+    def __init__(self, seed, balls=1):
+        self.balls = balls
+        super().__init__(seed)
+
+    def new_level(self):
+        """Draw what the walls are built of, and places for hero and balls, which fly diagonally."""
+        self.background = np.tile(WALLS[self.rng.integers(len(WALLS))], (8, 8))     # (64, 64)
+        self.background[4:-4, 4:-4] = 0
+        self.hero = 2 * self.rng.integers(2, 27, 2)             # (y, x) in pixels: 4 to 52
+        self.at = 2 * self.rng.integers(2, 29, (self.balls, 2))     # and 4 to 56: BALL is 4 x 4
+        self.speed = self.rng.choice((-2, 2), (self.balls, 2))
+
+    def is_free(self, key):
+        target = self.hero + 2 * np.array(MOVES[key])
+        return key > 0 and bool((target >= 4).all() and (target <= 52).all())
+
+    def move(self, effect):
+        self.hero = self.hero + 2 * np.array(MOVES[effect])
+        target = self.at + self.speed
+        self.speed = np.where((target < 4) | (target > 56), -self.speed, self.speed)
+        self.at = self.at + self.speed
+
+    def choose_key(self):
+        keys = [key for key in range(1, len(MOVES)) if self.is_free(key)]
+        return 0 if self.rng.random() < 0.1 else keys[self.rng.integers(len(keys))]
+
+    def frame(self):
+        picture = self.background.copy()
+        for y, x in self.at:
+            picture[y:y + 4, x:x + 4] |= BALL
+        y, x = self.hero
+        picture[y:y + 8, x:x + 8] = HERO
+        return picture
+
+
+WORLDS = {"demo": DemoWorld, "ball": BallWorld,                 # crowd: eight balls hide the hero
+          "crowd": lambda seed: BallWorld(seed, balls=8)}
+
+
+def is_ball_near(frames, places, radius=2):
+    """Is there a ball within `radius` pixels of its place? frames (S, 64, 64) of 0/1, places (S, 2)
+    as (y, x) -> (S,) bool. One wrong pixel is forgiven; a wall or a hero is no ball."""
+    boxes = np.lib.stride_tricks.sliding_window_view(frames, BALL.shape, axis=(-2, -1))
+    found = (boxes != BALL).sum((-2, -1)) <= 1                          # (S, 61, 61)
+    return np.array([found[i, max(0, y - radius):y + radius + 1,
+                           max(0, x - radius):x + radius + 1].any()
+                     for i, (y, x) in enumerate(places)], dtype=bool)
+
+
+def find_balls(frames):
+    """Where real frames (S, 64, 64) of the ball world show the ball: (S, 2) as (y, x), and (S,)
+    bool whether it is to be seen whole, not behind the hero."""
+    hall = frames.copy()
+    hall[:, [*range(4), *range(60, 64)], :] = hall[:, :, [*range(4), *range(60, 64)]] = 0
+    boxes = np.lib.stride_tricks.sliding_window_view(hall, HERO.shape, (-2, -1), writeable=True)
+    boxes[(boxes == HERO).all((-2, -1))] = 0
+    boxes = np.lib.stride_tricks.sliding_window_view(hall, BALL.shape, (-2, -1))
+    found = (boxes == BALL).all((-2, -1)).reshape(len(hall), -1)        # (S, 61 * 61)
+    return np.stack(np.divmod(found.argmax(1), 61), axis=1), found.any(1)
 
 
 def count_heroes(frames, tolerance=4):
@@ -534,14 +623,14 @@ def true_actions(effects):
     return common.reshape(FRAMES - 1, STRIDE).T.astype(np.uint8)
 
 
-def render_demo(windows, seed):
-    """Play the demo world with random keys for a number of 1.6 s windows.
+def render_demo(windows, seed, name="demo"):
+    """Play a demo world with random keys for a number of 1.6 s windows.
 
     Returns bits uint8 (3 * windows, 16, 64, 8) and actions uint8 (3 * windows, 15); the sequences
     of window w are 3w, 3w + 1 and 3w + 2. A key is held for 9 to 24 source frames: a transition
     that straddles a change of key has no single action, so changes should be rare.
     """
-    world = DemoWorld(seed)
+    world = WORLDS[name](seed)
     bits = np.empty((windows, STRIDE, FRAMES, SIZE, SIZE // 8), dtype=np.uint8)
     actions = np.empty((windows, STRIDE, FRAMES - 1), dtype=np.uint8)
     frames = np.empty((WINDOW, SIZE, SIZE), dtype=np.uint8)
@@ -562,8 +651,8 @@ def render_demo(windows, seed):
     return bits.reshape(-1, *bits.shape[2:]), actions.reshape(-1, FRAMES - 1)
 
 
-def write_demo(path, minutes=60, seed=0, force=False):
-    """Render the demo world and write it as a data file: the `demo` command.
+def write_demo(path, minutes=60, seed=0, force=False, world="demo"):
+    """Render a demo world and write it as a data file: the `demo` command.
 
     60 minutes make exactly 6,000, 450 and 300 sequences. Raises UserError for bad arguments.
     """
@@ -573,7 +662,7 @@ def write_demo(path, minutes=60, seed=0, force=False):
     if seed < 0:
         raise UserError("--seed must not be negative")
     windows = round(minutes * 60 * SOURCE_FPS) // WINDOW
-    bits, actions = render_demo(windows, seed)
+    bits, actions = render_demo(windows, seed, world)
     start = np.arange(windows)[:, None] * WINDOW + np.arange(STRIDE)      # (windows, 3)
     start = start.reshape(-1).astype(np.int64)
     splits, low = {}, 0
@@ -582,7 +671,8 @@ def write_demo(path, minutes=60, seed=0, force=False):
         splits[name] = {"bits": bits[part], "start": start[part], "actions": actions[part]}
         low = part.stop
     save_dataset(path, splits, {
-        "sources": [{"name": "demo world", "seed": seed, "offset": 0, "ticks": windows * WINDOW}],
+        "sources": [{"name": f"{world} world", "seed": seed, "offset": 0,
+                     "ticks": windows * WINDOW}],
         "threshold": None, "crop": None, "invert": False, "action_names": DEMO_ACTIONS})
 
 
@@ -594,6 +684,7 @@ def write_demo(path, minutes=60, seed=0, force=False):
 # frames are decoded one by one and shrunk at once by FFmpeg's own scaler.
 # ---------------------------------------------------------------------------------------------
 
+CUT, SCENE = 30, 5 * SOURCE_FPS      # mean grey levels by which a cut changes a picture; ticks
 TOLERANCE = Fraction(1, 1000)       # s: files that count in milliseconds round 33.3 to 33 or 34
 
 
@@ -601,7 +692,8 @@ class Shrinker:
     """Turns decoded frames into grey squares, uint8 (64, 64), through an FFmpeg filter graph."""
 
     def __init__(self, crop):
-        """crop: 'center' keeps the middle square; 'fit' keeps everything and adds black bars."""
+        """crop: 'center' keeps the middle square; 'stretch' and 'fit' keep everything: the one
+        scales both axes apart, the other adds black bars."""
         self.crop, self.layout, self.graph = crop, None, None
 
     def build(self, frame, aspect):
@@ -615,7 +707,7 @@ class Shrinker:
             side = min(wide, high)
             width, height = max(1, round(side / aspect)), max(1, round(side))
             nodes.append(graph.add("crop", f"{width}:{height}:exact=1"))
-        else:
+        elif self.crop == "fit":
             scale = SIZE / max(wide, high)
             size = (max(1, round(wide * scale)), max(1, round(high * scale)))
         # area: each pixel is the mean of what it covers. out_range=pc: white is 255, black is 0.
@@ -634,14 +726,53 @@ class Shrinker:
         y, x = (SIZE - grey.shape[0]) // 2, (SIZE - grey.shape[1]) // 2
         square = np.zeros((SIZE, SIZE), dtype=np.uint8)
         square[y:y + grey.shape[0], x:x + grey.shape[1]] = grey
-        # A phone held upright records sideways and notes the angle, here in degrees
-        # counterclockwise. The square is centred, so turning it last gives the same picture.
-        return np.rot90(square, round(frame.rotation / 90))
+        # The square is centred, so turning it last gives the same picture.
+        upright, turned = upright_square(square, frame)
+        self.ratio = frame.width * aspect / frame.height              # width / height, upright
+        self.ratio = 1 / self.ratio if turned else self.ratio
+        return upright
+
+
+def upright_square(square, frame):
+    """Turn a square as the file asks: a phone held upright records sideways, and one that faces its
+    owner a mirror image; both note it in a matrix. Returns (square, whether it lay on its side).
+    """
+    try:
+        matrix = np.frombuffer(bytes(frame.side_data.get("DISPLAYMATRIX") or b""), np.int32)
+    except ValueError:              # a picture's notes that PyAV has no name for: no matrix
+        matrix = np.zeros(0)
+    if len(matrix) != 9:
+        return square, False
+    # A pixel (x, y) goes to (ax + cy, bx + dy), seen from the middle.
+    a, b, c, d = matrix[[0, 1, 3, 4]]
+    turned = abs(int(b)) > abs(int(a))
+    if turned:
+        square, a, d = square.T, c, b
+    return square[::-1 if d < 0 else 1, ::-1 if a < 0 else 1], turned
+
+
+def length(stream):
+    """How long a stream says it is, in seconds; 0 where it does not."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    try:                                                # Matroska writes 00:01:02.345 into a tag
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except (KeyError, ValueError):
+        return 0.0
+
+
+def need_av():
+    """Raise UserError where PyAV is not installed. The demo world and training do without."""
+    if av is None:
+        raise UserError("videos and pictures are decoded by PyAV, which is not installed: pip "
+                        "install av")
 
 
 @contextlib.contextmanager
 def opened_video(path):
     """Yield (container, video stream) of a file. Raises UserError if it holds no video."""
+    need_av()
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the name")
@@ -649,14 +780,22 @@ def opened_video(path):
         raise UserError(f"{path} is empty; choose a video file")
     with open(path, "rb") as file:  # a file object: a name is never taken for a URL or a pattern
         try:
-            container = av.open(file)
-        except av.error.FFmpegError as error:
+            container = av.open(file, metadata_errors="replace")      # a title may be Latin-1
+        except FFmpegError as error:
             raise UserError(f"cannot read {path} as video ({error.strerror}); "
                             "choose a file that FFmpeg can play") from None
         with container:
-            if not container.streams.video:
+            streams = container.streams.video
+            moving = [one for one in streams if not one.disposition & Disposition.attached_pic]
+            if not moving and (container.streams.audio or not streams):
                 raise UserError(f"{path} has no picture, only sound or data; choose a video file")
-            stream = container.streams.video[0]
+            # A cover may be a stream like another, but of one frame. The file's choice, the larger.
+            long = max(map(length, streams)) / 2
+            stream = max(moving or streams, key=lambda one: (
+                length(one) >= long, one.disposition & Disposition.default, one.width * one.height))
+            if len(streams) > 1:
+                warn(f"{path} has {len(streams)} video streams: taking number {stream.index}, "
+                     f"{stream.width}x{stream.height} pixels")
             stream.thread_type = "AUTO"     # decode on several cores
             yield container, stream
 
@@ -667,14 +806,14 @@ def decoded_frames(container, stream, faults):
     while True:
         try:
             packet = next(packets, None)
-        except av.error.FFmpegError:                # the container itself breaks off here
+        except (FFmpegError, IndexError):  # the container itself breaks off here
             faults["broken packet(s)"] += 1
             packet = None
         if packet is None:
             return
         try:
             yield from packet.decode()
-        except av.error.FFmpegError:
+        except FFmpegError:
             faults["broken packet(s)"] += 1
 
 
@@ -700,24 +839,61 @@ def timed_frames(path, container, stream, faults):
                             "its time stamps are broken: convert it with FFmpeg first")
         last = now
         duration = (frame.duration or 0) * Fraction(frame.time_base or 0)
-        yield now, duration if duration > 0 else period, frame
+        yield now, duration if 0 < duration <= 3600 else period, frame
 
 
 class Clip:
-    """One file on the 30 FPS clock."""
+    """One file on the 30 FPS clock. Its frames are in the spool, a binary file: see read_clip."""
 
-    def __init__(self, path, base):
-        """base: the index in the spool (see read_clip) of the file's first frame."""
-        self.path, self.base = path, base
+    def __init__(self, path, spool, crops):
+        self.path, self.spool, self.crops = path, spool, crops
+        self.crop = crops[0]        # which of the squares in the spool grey() reads
+        self.record = len(crops) * SIZE * SIZE              # bytes of a frame in the spool
+        self.base = spool.tell()    # where the file's first frame is
         self.first = []             # first[i]: the tick on which frame i appears
+        self.cuts = [0]             # frames which begin another scene
         self.ticks = 0              # length: the last frame stays until here
-        self.histogram = np.zeros(256, dtype=np.int64)      # of grey levels, over all ticks
-        self.level = None           # the threshold, where it is one number
+        self.looks = []             # for each scene, how grey becomes black and white: section 5
 
-    def source_frames(self, window):
-        """The spool indices of the frames which the 48 ticks of a window show: (48,) int."""
-        ticks = np.arange(window * WINDOW, (window + 1) * WINDOW)
-        return self.base + np.searchsorted(self.first, ticks, side="right") - 1
+    def add(self, tick, until, squares):
+        """Append a frame, uint8 (crops, 64, 64), that shows from tick to until - 1."""
+        grey = squares[0].astype(np.int16)
+        if self.first and tick - self.first[self.cuts[-1]] >= SCENE \
+                and abs(grey - self.newest).mean() > CUT:
+            self.cuts.append(len(self.first))
+        self.newest = grey
+        self.spool.write(squares.tobytes())
+        self.first.append(tick)
+        self.ticks = until
+
+    def source_frames(self, ticks):
+        """The numbers of the frames which these ticks show."""
+        return np.searchsorted(self.first, ticks, side="right") - 1
+
+    def grey(self, low, high):
+        """Read frames low to high - 1: uint8 (n, 64, 64)."""
+        self.spool.seek(self.base + int(low) * self.record)
+        data = self.spool.read(int(high - low) * self.record)
+        frames = np.frombuffer(data, np.uint8).reshape(-1, len(self.crops), SIZE, SIZE)
+        return frames[:, self.crops.index(self.crop)]
+
+    def sample(self, low, high, count=150):
+        """Pairs of frames 1/10 s apart, spread over the frames low to high - 1: (n, 2, 64, 64)."""
+        begin, last = self.first[low], self.first[high - 1]
+        ticks = np.unique(np.linspace(begin, max(begin, last - STRIDE), count).astype(int))
+        numbers = self.source_frames(ticks[:, None] + (0, STRIDE)).clip(low, high - 1)
+        return np.stack([self.grey(i, i + 1)[0] for i in numbers.ravel()]
+                        ).reshape(-1, 2, SIZE, SIZE)
+
+    def scenes(self):
+        """Yield (low, high) of each scene: its frames are low to high - 1."""
+        return zip(self.cuts, [*self.cuts[1:], len(self.first)])
+
+    def binary(self, low, high, invert):
+        """Frames low to high - 1 in black and white, each scene in its own way: (n, 64, 64)."""
+        return np.concatenate([
+            binarise(self.grey(max(low, begin), min(high, end)), look, invert)
+            for (begin, end), look in zip(self.scenes(), self.looks) if begin < high and low < end])
 
 
 def frames_on_clock(timed, start, end):
@@ -743,28 +919,41 @@ def frames_on_clock(timed, start, end):
         yield waiting[0], min(stop, limit), waiting[1]
 
 
-def read_clip(path, base, spool, crop, start, end):
+def warn_of_missing(clip, promised, start):
+    """Warn of a file that is shorter than it says (s), or in which no frame comes for long."""
+    found = start + clip.ticks / SOURCE_FPS
+    if found < 0.98 * promised:
+        warn(f"{clip.path} says it lasts {promised:.1f} s, but only {found:.1f} s can be decoded: "
+             "it was cut off, or is damaged")
+    lengths = np.diff([*clip.first, clip.ticks])
+    if (lengths > WINDOW).any():
+        warn(f"{clip.path} shows one frame for up to {lengths.max() / SOURCE_FPS:.1f} s, "
+             f"{lengths[lengths > WINDOW].sum() / SOURCE_FPS:.1f} s in all: nothing moves there")
+
+
+def read_clip(path, spool, crops, start, end):
     """Decode one file onto the clock, from start (s) to end (s, or None). Returns a Clip.
 
-    Each source frame that shows on some tick is appended to the binary file `spool` as 64x64
-    bytes, once. (The threshold is known only at the end of the file, and hours of grey frames do
-    not belong in memory.) Raises UserError if nothing can be decoded.
+    Each source frame that shows on some tick is appended to the binary file `spool` once, as 64x64
+    bytes for each way to crop. (How to crop, and the threshold, are known only at the end, and
+    hours of grey frames do not belong in memory.) Raises UserError if nothing can be decoded.
     """
-    clip, faults, shrink = Clip(Path(path), base), Counter(), Shrinker(crop)
+    clip, faults = Clip(Path(path), spool, crops), Counter()
+    shrinkers = [Shrinker(crop) for crop in crops]
     with opened_video(path) as (container, stream):
-        progress = Progress(clip.path.name, (container.duration or 0) / 1e6)      # in seconds
+        promised = length(stream) or (container.duration or 0) / 1e6              # in seconds
+        progress = Progress(clip.path.name, promised)
         timed = timed_frames(path, container, stream, faults)
         for tick, until, frame in frames_on_clock(timed, start, end):
-            grey = shrink(frame, Fraction(stream.sample_aspect_ratio or 1))
-            spool.write(grey.tobytes())
-            clip.first.append(tick)
-            clip.ticks = until
-            clip.histogram += (until - tick) * np.bincount(grey.ravel(), minlength=256)
+            aspect = Fraction(stream.sample_aspect_ratio or 1)
+            clip.add(tick, until, np.stack([shrink(frame, aspect) for shrink in shrinkers]))
             progress.update(until / SOURCE_FPS + float(start))
         progress.close()
     if clip.ticks == 0:
         where = f" after --start {float(start)} s" if start else ""
         raise UserError(f"{path} has no frame{where} that can be decoded; try another file or time")
+    clip.ratio = shrinkers[0].ratio
+    warn_of_missing(clip, promised if end is None else 0, float(start))
     for fault, count in faults.items():
         warn(f"{path}: skipped {count} {fault}")
     return clip
@@ -775,8 +964,14 @@ def read_clip(path, base, spool, crop, start, end):
 # frame it would wander, and still things would flicker; so Otsu's method chooses one for a whole
 # video. Where the light differs across the picture, 'adaptive' compares each pixel with its
 # neighbourhood instead: what is brighter than its surroundings becomes 1, and flat areas 0.
+#
+# Both may lose just what matters: a dark car on a dark road is on one side of every border. So
+# 'motion' asks what moves. Its background is each pixel's median over a scene, black and white by
+# Otsu; where a frame differs from the background, the background's pixel is flipped. Whatever moves
+# then shows, in black on white or in white on black.
 # ---------------------------------------------------------------------------------------------
 
+METHODS = ("otsu", "motion", "adaptive")            # the most natural to the eye comes first
 NEIGHBOURHOOD = 15                  # adaptive: the side of the square of neighbours, in pixels
 CONTRAST = 6                        # adaptive: grey levels above their mean that count as bright
 
@@ -798,46 +993,234 @@ def otsu(histogram):
     return int(best.mean())
 
 
-def binarise(grey, level, invert):
-    """Turn grey uint8 (n, 64, 64) into 0 and 1; level is a number, or None for adaptive."""
-    if level is not None:
-        bright = grey > level
+def grey_otsu(grey):
+    """Otsu's level of grey pictures, uint8 of any shape."""
+    return otsu(np.bincount(grey.ravel(), minlength=256))
+
+
+class Look(NamedTuple):
+    """How the grey pictures of one scene become black and white."""
+    method: str                     # "level", "motion" or "adaptive"
+    level: int = 0                  # level: 1 is brighter than this; motion: how far is moved
+    full: int = 0                   # motion: how far a pixel is that a moving thing fills
+    background: np.ndarray = None   # motion: (64, 64)
+    box: tuple = (slice(0, SIZE),) * 2      # adaptive: the picture (y, x) without its flat bars
+
+
+def apart(grey, background):
+    """How far pixels (n, 64, 64) are from others or a background. A change of the light as a whole,
+    which is what most pixels do, does not count."""
+    apart = grey.astype(np.int16) - background
+    return abs(apart - np.median(apart, axis=(1, 2), keepdims=True).astype(np.int16))
+
+
+def spread(pictures):
+    """The largest of each pixel and its eight neighbours: (n, 64, 64) -> (n, 64, 64)."""
+    padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2)).max((-2, -1))
+
+
+def moved(far, level, full):
+    """Which pixels show something that moves: far (n, 64, 64), see apart(), to bool.
+
+    A pixel that a thing half covers is half as far as its neighbour: there runs the edge. What is
+    thinner than a pixel and falls between two would now have two, now one; so a pair of pixels that
+    stands alone is drawn as one, the stronger, unless both together are more than one full pixel.
+    """
+    on = (far > level) & (2 * far >= spread(far))
+    for axis in (1, 2):
+        on, far = on.swapaxes(axis, 2), far.swapaxes(axis, 2)
+        beside = np.pad(on, ((0, 0), (0, 0), (1, 2)))
+        pair = beside[..., 1:-2] & beside[..., 2:-1] & ~beside[..., :-3] & ~beside[..., 3:]
+        right = np.pad(far, ((0, 0), (0, 0), (0, 1)))[..., 1:]
+        pair, second = pair & (far + right <= 1.1 * full), right > far    # the right one is it
+        on = on & ~(pair & second)
+        on[..., 1:] &= ~(pair & ~second)[..., :-1]
+        on, far = on.swapaxes(axis, 2), far.swapaxes(axis, 2)
+    return on
+
+
+def inside(pictures):
+    """The box (y, x) of pictures (n, 64, 64) within flat bars that never change: a letterbox."""
+    box = []
+    for axis in (2, 1):                                               # rows, then columns
+        spans = np.ptp(pictures, axis=(0, axis))                      # (64,)
+        alive = np.flatnonzero(spans > 8)
+        box.append(slice(alive[0], alive[-1] + 1) if len(alive) else slice(0, SIZE))
+    return tuple(box)
+
+
+def find_look(method, sample):
+    """The Look of a scene for a method, one of METHODS or a level; sample (n, 64, 64) is of it."""
+    if method == "motion":
+        background = np.median(sample, axis=0).astype(np.uint8)
+        counts = np.bincount(apart(sample, background).ravel(), minlength=256)[:256]
+        counts[:5] = 0                                                # noise
+        level = max(6, otsu(counts) // 3) if counts.any() else 6
+        full = np.searchsorted(counts.cumsum(), 0.95 * counts.sum())
+        return Look("motion", level, int(full), background)
+    if method == "adaptive":
+        return Look("adaptive", box=inside(sample))
+    return Look("level", grey_otsu(sample) if method == "otsu" else int(method))
+
+
+def binarise(grey, look, invert=False):
+    """Turn grey uint8 (n, 64, 64) into 0 and 1. look: a Look, a method of METHODS, or a level."""
+    look = look if isinstance(look, Look) else find_look(look, grey)
+    if look.method == "level":
+        bright = grey > look.level
+    elif look.method == "motion":
+        bright = look.background > grey_otsu(look.background)
+        bright = bright ^ moved(apart(grey, look.background), look.level, look.full)
     else:
-        side = NEIGHBOURHOOD
-        padded = np.pad(grey, ((0, 0), (side // 2, side // 2), (side // 2, side // 2)), "edge")
+        side, (rows, columns) = NEIGHBOURHOOD, look.box
+        inner = grey[:, rows, columns]                  # bars would make bright halos beside them
+        padded = np.pad(inner, ((0, 0), (side // 2, side // 2), (side // 2, side // 2)), "edge")
         # Sums over side x side squares as differences of running sums, down and then across.
         sums = np.pad(padded.astype(np.int32), ((0, 0), (1, 0), (1, 0))).cumsum(1).cumsum(2)
         sums = sums[:, side:] - sums[:, :-side]
-        sums = sums[:, :, side:] - sums[:, :, :-side]                 # (n, 64, 64)
-        bright = grey.astype(np.int32) * side ** 2 > sums + CONTRAST * side ** 2
+        sums = sums[:, :, side:] - sums[:, :, :-side]                 # (n, height, width)
+        bright = np.zeros(grey.shape, dtype=bool)
+        bright[:, rows, columns] = inner.astype(np.int32) * side ** 2 > sums + CONTRAST * side ** 2
     return (bright != invert).astype(np.uint8)
 
 
-def threshold_level(threshold, histogram):
-    """The number that 'otsu', 'adaptive' or an int stand for; None for adaptive."""
-    if threshold == "adaptive":
+def motion_kept(grey, binary):
+    """What black and white keeps of the motion in pairs of frames 1/10 s apart (n, 2, 64, 64).
+
+    Returns four sums: the grey change (what exceeds 8 levels); how much of it has a change of the
+    binary picture at most a pixel away, and so is kept; the binary changes; and how many of these
+    have a grey one beside them, and so are true: the others are flicker.
+    """
+    change = apart(grey[:, 1], grey[:, 0])                            # (n, 64, 64)
+    weight = np.where(change > 8, change, 0)
+    change = abs(np.diff(grey.astype(np.int16), axis=1))[:, 0]        # the light's, too
+    flips = binary[:, 0] != binary[:, 1]
+    return np.array([weight.sum(), (weight * spread(flips)).sum(),
+                     flips.sum(), (flips & spread(change > 4)).sum()])
+
+
+def try_method(clip, method):
+    """Black and white by a method: the looks of the clip's scenes, and motion_kept() of them."""
+    whole, looks, sums = clip.sample(0, len(clip.first))[:, 0], [], 0
+    for low, high in clip.scenes():
+        pairs = clip.sample(low, high)
+        looks.append(find_look(method, pairs[:, 0] if method == "motion" else whole))
+        binary = binarise(pairs.reshape(-1, SIZE, SIZE), looks[-1]).reshape(pairs.shape)
+        sums = sums + motion_kept(pairs, binary) * (high - low) / len(pairs)
+    return looks, sums
+
+
+def choose_looks(clips, threshold):
+    """Find the looks of all clips, by threshold, or where it is 'auto' by what keeps the motion:
+    the first of METHODS, unless another keeps 0.15 more of it. Returns the method; says why."""
+    tried, figures = {}, {}
+    for method in METHODS if threshold == "auto" else (threshold,):
+        tried[method] = [try_method(clip, method) for clip in clips]
+        grey, kept, flips, true = sum(sums for _, sums in tried[method])
+        figures[method] = kept / grey if grey else 1.0, true / flips if flips else 1.0
+    best = max(kept * true for kept, true in figures.values())
+    method = next(name for name, (kept, true) in figures.items() if kept * true >= best - 0.15)
+    for clip, (looks, _) in zip(clips, tried[method]):
+        clip.looks = looks
+    others = ", ".join(f"{name} would keep {figures[name][0]:.2f} ({figures[name][1]:.2f} true)"
+                       for name in figures if name != method)
+    kept, true = figures[method]
+    print(f"threshold {method}: motion kept {kept:.2f}, {true:.2f} of the changes true"
+          + (f"; {others}" if others else ""))
+    if kept < 0.6:
+        warn(f"black and white loses {100 * (1 - kept):.0f} % of the motion: look at it with the "
+             "preview command, and try --threshold motion, adaptive or a number, or --crop")
+    return method
+
+
+def choose_crop(clips):
+    """Take the middle square, unless over 5 % of the motion is outside it: then the whole picture,
+    stretched. Sets each clip's crop, returns it and says why."""
+    total = outside = 0
+    for clip in clips:
+        pairs = clip.sample(0, len(clip.first))                       # of "stretch"
+        change = apart(pairs[:, 1], pairs[:, 0])
+        change = np.where(change > 8, change, 0).sum(axis=0)          # (64, 64)
+        change = change.sum(axis=0 if clip.ratio > 1 else 1)          # along the longer side
+        margin = round((SIZE - SIZE * float(min(clip.ratio, 1 / clip.ratio))) / 2)
+        total += change.sum()
+        outside += change.sum() - change[margin:SIZE - margin].sum()
+    crop = "stretch" if outside > 0.05 * total else "center"
+    for clip in clips:
+        clip.crop = crop
+    print(f"crop {crop}: {100 * outside / max(1, total):.0f} % of the motion is outside the middle "
+          "square")
+    return crop
+
+
+def picture(path):
+    """A picture file as a decoded frame, upright; None if it is a video, or none that Pillow reads.
+
+    What is transparent becomes black, or white where the figure is dark: else it would not show.
+    """
+    need_av()
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                grey, opaque = np.array(image.convert("L")), np.array(image)[..., 3] > 127
+                ground = "black" if not opaque.any() or grey[opaque].mean() > 127 else "white"
+                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+            return av.VideoFrame.from_image(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    return otsu(histogram) if threshold == "otsu" else int(threshold)
 
 
-def image_to_frame(path, threshold="otsu", crop="center", invert=False):
+def image_to_frame(path, meta=None):
     """Read an image (or a video's first frame) as a model's frame: uint8 (64, 64) of 0 and 1.
 
-    It takes the same way as a video does. Raises UserError if it is missing or no image.
+    It takes the way that a data file's `meta` describes; without one, the middle square and Otsu's
+    level of its own. Raises UserError if it is missing or no image.
     """
+    meta = meta or {}
     with opened_video(path) as (container, stream):
-        frame = next(decoded_frames(container, stream, Counter()), None)
+        frame = picture(path) or next(decoded_frames(container, stream, Counter()), None)
         if frame is None:
             raise UserError(f"{path} holds no picture that can be decoded; choose another image")
-        grey = Shrinker(crop)(frame, Fraction(stream.sample_aspect_ratio or 1))
-    level = threshold_level(threshold, np.bincount(grey.ravel(), minlength=256))
-    return binarise(grey[None], level, invert)[0]
+        shrink = Shrinker(meta.get("crop") or "center")
+        grey = shrink(frame, Fraction(stream.sample_aspect_ratio or 1))[None]
+    looks = [find_look("otsu" if meta.get("threshold") is None else meta["threshold"], grey)]
+    if meta.get("looks"):                               # several: that of the most similar scene
+        looks = [unpack_look(look) for look in meta["looks"]]
+        looks.sort(key=lambda look: 0 if look.background is None
+                   else apart(grey, look.background).mean())
+    return binarise(grey, looks[0], meta.get("invert", False))[0]
+
+
+def pack_look(look):
+    """A Look as JSON can hold it."""
+    background = b"" if look.background is None else look.background.tobytes()
+    return {"method": look.method, "level": look.level, "full": look.full,
+            "background": base64.b64encode(background).decode()}
+
+
+def unpack_look(packed):
+    """The Look that pack_look wrote; whatever else stands there becomes one UserError."""
+    try:
+        background = np.frombuffer(base64.b64decode(packed["background"]), np.uint8)
+        background = background.reshape(SIZE, SIZE) if packed["method"] == "motion" else None
+        return Look(packed["method"], int(packed["level"]), int(packed["full"]),
+                    background)
+    except (KeyError, TypeError, ValueError):
+        raise UserError("the data file's 'looks' are damaged; make it again") from None
 
 
 # ---------------------------------------------------------------------------------------------
 # 6. From video to data. All that is left is to join the pieces: read every file into the spool,
 # cut windows, deal them out, and look up each window's frames.
 # ---------------------------------------------------------------------------------------------
+
+
+def window_frames(clip, number):
+    """The numbers of the frames that the 48 ticks of a clip's window show: (48,) int."""
+    return clip.source_frames(np.arange(number * WINDOW, (number + 1) * WINDOW))
 
 
 def deal_windows(windows):
@@ -854,27 +1237,54 @@ def deal_windows(windows):
         if not dealt[name]:
             raise UserError("the video is too short or too still to share no frame between train, "
                             "val and test; use a longer one")
-        clip, number = dealt[name][0]
-        begin = clip.source_frames(number)[0]
+        first, number = dealt[name][0]
+        begin = window_frames(first, number)[0]
         left = [(clip, number) for clip, number in left[:-size]
-                if clip.source_frames(number)[-1] < begin]
+                if clip is not first or window_frames(clip, number)[-1] < begin]
     return {name: dealt[name] for name in SPLITS}
 
 
-def read_windows(windows, offsets, spool, invert):
-    """Read the windows of one split from the spool. Returns the dict that save_dataset takes."""
+def read_windows(windows, invert, keys):
+    """Make the sequences of one split's windows. Returns the dict that save_dataset takes.
+
+    keys: the key held in each tick of all clips, or None; each transition gets the commonest.
+    """
     bits = np.empty((len(windows), STRIDE, FRAMES, SIZE, SIZE // 8), dtype=np.uint8)
     start = np.empty((len(windows), STRIDE), dtype=np.int64)
     for w, (clip, number) in enumerate(windows):
-        wanted = clip.source_frames(number)                           # (48,), never decreasing
-        spool.seek(int(wanted[0]) * SIZE * SIZE)
-        grey = spool.read(int(wanted[-1] - wanted[0] + 1) * SIZE * SIZE)
-        grey = np.frombuffer(grey, np.uint8).reshape(-1, SIZE, SIZE)  # each source frame once
-        frames = binarise(grey, clip.level, invert)[wanted - wanted[0]]         # (48, 64, 64)
-        bits[w] = cut_window(np.packbits(frames, axis=-1))
-        start[w] = offsets[clip.base] + number * WINDOW + np.arange(STRIDE)
+        wanted = window_frames(clip, number)                          # (48,), never decreasing
+        frames = clip.binary(wanted[0], wanted[-1] + 1, invert)[wanted - wanted[0]]
+        bits[w] = cut_window(np.packbits(frames, axis=-1))            # frames: (48, 64, 64)
+        start[w] = clip.offset + number * WINDOW + np.arange(STRIDE)
+    actions = None
+    if keys is not None:
+        actions = np.empty((len(windows), STRIDE, FRAMES - 1), dtype=np.uint8)
+        for row, at in zip(actions, start[:, 0]):
+            row[:] = true_actions(keys[at:at + WINDOW])
+        actions = actions.reshape(-1, FRAMES - 1)
+    grey = np.empty((min(8, len(windows) * STRIDE), FRAMES, SIZE, SIZE), np.uint8)   # for preview
+    for row, i in zip(grey, evenly(len(windows) * STRIDE, len(grey))):
+        clip, number = windows[i // STRIDE]
+        numbers = window_frames(clip, number)
+        shown = clip.grey(numbers[0], numbers[-1] + 1)[numbers - numbers[0]]
+        row[:] = cut_window(shown)[i % STRIDE]
     return {"bits": bits.reshape(-1, *bits.shape[2:]), "start": start.reshape(-1),
-            "actions": None}
+            "actions": actions, "grey": grey}
+
+
+def read_keys(path, ticks):
+    """Read the key held in each 30 FPS frame: a .npy of `ticks` small whole numbers."""
+    try:
+        keys = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as a .npy file of keys ({error})") from None
+    if not isinstance(keys, np.ndarray) or keys.dtype.kind not in "iu" or keys.shape != (ticks,):
+        raise UserError(f"{path} holds {getattr(keys, 'dtype', 'no array')} of shape "
+                        f"{getattr(keys, 'shape', '')} where one whole number for each of the "
+                        f"video's {ticks} frames at 30 FPS is needed")
+    if keys.min() < 0 or keys.max() > 255:
+        raise UserError(f"{path}: keys are numbers from 0 to 255")
+    return keys
 
 
 def warn_if_blank(splits):
@@ -882,16 +1292,37 @@ def warn_if_blank(splits):
     share = unpack(splits["train"]["bits"][::10]).mean()              # every tenth sequence will do
     if not 0.02 <= share <= 0.98:
         warn(f"{100 * share:.1f} % of the pixels are white: look at it with the preview command, "
-             "and try --threshold adaptive, or a number from 0 to 255, or --crop")
+             "and try --threshold motion, adaptive, or a number from 0 to 255, or --crop")
 
 
-def write_video(paths, out, threshold="otsu", crop="center", invert=False, start=0, end=None,
-                force=False):
+def read_clips(paths, spool, crop, start, end):
+    """Read every file, one after the other on one clock. Returns the clips."""
+    clips, ticks = [], 0
+    for path in paths:
+        crops = ("stretch", "center") if crop == "auto" else (crop,)
+        clips.append(read_clip(path, spool, crops, start, end))
+        clips[-1].offset = ticks
+        ticks += clips[-1].ticks
+        if clips[-1].ticks < WINDOW:
+            warn(f"{path} is shorter than one window of {WINDOW / SOURCE_FPS} s: not used")
+    return clips
+
+
+def longest_looks(clips, count=8):
+    """The looks of the longest scenes, for `meta`: an image takes that of the most similar one."""
+    scenes = [(high - low, look) for clip in clips
+              for (low, high), look in zip(clip.scenes(), clip.looks)]
+    scenes.sort(key=lambda scene: -scene[0])
+    return [pack_look(look) for _, look in scenes[:count]]
+
+
+def write_video(paths, out, threshold="auto", crop="auto", invert=False, start=0, end=None,
+                force=False, actions=None):
     """Turn video files into a data file: the `video` command.
 
     start and end, in seconds from a file's first frame, apply to each file. Sequences never cross
     from one file to the next; the clocks of the files are laid end to end, and each one's offset
-    stands in `meta`. Raises UserError for what the user can mend.
+    stands in `meta`. actions: a .npy of a key for each tick. Raises UserError.
     """
     out = check_output(out, (".npz",), force)
     start = Fraction(start)
@@ -903,250 +1334,51 @@ def write_video(paths, out, threshold="otsu", crop="center", invert=False, start
     for path in paths:                      # all of them, before an hour goes into the first
         with opened_video(path):
             pass
-    windows, sources, offsets, ticks = [], [], {}, 0
     with tempfile.TemporaryFile(dir=nearest_folder(out)) as spool:    # vanishes when closed
-        for path in paths:
-            clip = read_clip(path, spool.tell() // SIZE ** 2, spool, crop, start, end)
-            clip.level = threshold_level(threshold, clip.histogram)
-            sources.append({"name": clip.path.name, "offset": ticks, "ticks": clip.ticks,
-                            "level": clip.level})
-            if clip.ticks < WINDOW:
-                warn(f"{path} is shorter than one window of {WINDOW / SOURCE_FPS} s: not used")
-            windows += [(clip, number) for number in range(clip.ticks // WINDOW)]
-            offsets[clip.base] = ticks
-            ticks += clip.ticks
-        splits = {name: read_windows(part, offsets, spool, invert)
-                  for name, part in deal_windows(windows).items()}
+        clips = read_clips(paths, spool, crop, start, end)
+        keys = read_keys(actions, sum(clip.ticks for clip in clips)) if actions else None
+        windows = [(clip, number) for clip in clips for number in range(clip.ticks // WINDOW)]
+        dealt = deal_windows(windows)
+        crop = choose_crop(clips) if crop == "auto" else crop
+        threshold = choose_looks(clips, threshold)
+        splits = {name: read_windows(part, invert, keys) for name, part in dealt.items()}
     warn_if_blank(splits)
-    save_dataset(out, splits, {"sources": sources, "threshold": threshold, "crop": crop,
-                               "invert": invert, "start": float(start),
-                               "end": None if end is None else float(end)})
+    meta = {"sources": [{"name": clip.path.name, "offset": clip.offset, "ticks": clip.ticks}
+                        for clip in clips],
+            "threshold": threshold, "crop": crop, "invert": invert, "start": float(start),
+            "end": None if end is None else float(end), "looks": longest_looks(clips)}
+    if keys is not None:
+        meta["action_names"] = [f"key {key}" for key in range(keys.max() + 1)]
+    save_dataset(out, splits, meta)
+    print(f"look at it: python data_prep.py preview {out} -o {out.with_suffix('.png').name}")
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Looking and playing. The first thing to do with any data is to look at it: a bad threshold,
-# a sideways video or a still one shows at once, and would otherwise cost a day of training. The
-# same tools draw what a model makes of it: sheets, curves, animations, and a window to play in.
+# 7. Looking. The first thing to do with any data is to look at it: a bad threshold, a sideways
+# video or a still one shows at once, and would otherwise cost a day of training.
 # ---------------------------------------------------------------------------------------------
-
-
-def gif_bytes(frames, scale=4, fps=10):
-    """An endless animation of frames (T, H, W), uint8 of 0/1 or of grey 0..255, as a GIF file."""
-    frames = np.asarray(frames, dtype=np.uint8)
-    if frames.max() <= 1:
-        frames = frames * 255
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    images, file = [Image.fromarray(frame) for frame in frames], io.BytesIO()
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:],
-                   duration=round(1000 / fps), loop=0)
-    return file.getvalue()
-
-
-def save_gif(frames, path, scale=4, fps=10):
-    """Write what gif_bytes makes to a file."""
-    with written_whole(path) as file:
-        file.write(gif_bytes(frames, scale, fps))
-
-
-class Animation:
-    """Frames (T, H, W) that play in a notebook: make it the last line of a cell."""
-
-    def __init__(self, frames, scale=4, fps=10):
-        self.gif, self.count = gif_bytes(frames, scale, fps), len(frames)
-
-    def __repr__(self):
-        return f"Animation of {self.count} frames"
-
-    def _repr_html_(self):                              # what Jupyter asks an object for
-        return f'<img src="data:image/gif;base64,{base64.b64encode(self.gif).decode()}">'
-
-
-def beside(pictures, gap=2):
-    """Join grey pictures (..., H, W) side by side, with thin grey gaps."""
-    border = [(0, 0)] * (pictures[0].ndim - 1) + [(0, gap)]
-    return np.concatenate([np.pad(p, border, constant_values=128) for p in pictures], axis=-1)
-
-
-def arrow(dy, dx, scale=8):
-    """A picture (64, 64) of 0/1: an arrow from the middle, `scale` times as long as (dy, dx)."""
-    image = Image.new("L", (SIZE, SIZE))
-    tip = (SIZE / 2 + scale * dx, SIZE / 2 + scale * dy)
-    draw = ImageDraw.Draw(image)
-    draw.line([(SIZE / 2, SIZE / 2), tip], fill=1)
-    draw.ellipse([tip[0] - 3, tip[1] - 3, tip[0] + 3, tip[1] + 3], fill=1)       # its head
-    return np.array(image)
-
-
-def in_colour(grey):
-    """(H, W) -> (H, W, 4), red, green, blue and opacity: matplotlib draws that twice as fast."""
-    return np.stack([grey, grey, grey, np.full_like(grey, 255)], axis=-1)
-
-
-def screen():
-    """matplotlib's pyplot, where it can open a window. Raises UserError where it can open none."""
-    try:
-        import matplotlib.pyplot as plt                  # slow to import: only here
-        backend = plt.get_backend().lower()
-    except (ImportError, ValueError) as error:           # a backend that is not there
-        raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
-                        " pip install tornado and set it to WebAgg") from None
-    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
-        raise UserError("there is no display to play on; MPLBACKEND=WebAgg python genie_mini.py"
-                        " play plays in a browser (pip install tornado), --actions 0,1 --out"
-                        " roll.gif saves a GIF")
-    return plt
-
-
-class Window:
-    """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
-
-    In a row under the picture stand the frames that the buttons would lead to: one batch, which
-    shares the past, and only a sketch (a single MaskGIT pass): it must not slow the game.
-    """
-
-    KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
-    HELP = "arrows, space, digits: press a button   R: restart elsewhere   S: save a GIF   Q: quit"
-
-    def __init__(self, genie, firsts, arrows, generator):
-        """Begin at the first of firsts (n, 64, 64); R goes on to the next.
-
-        arrows: which button "up", "down", "left", "right" and " " press. generator: what is random.
-        """
-        import matplotlib.pyplot as plt
-        self.genie, self.firsts, self.arrows, self.generator = genie, firsts, arrows, generator
-        self.buttons = list(range(genie.config.num_actions))
-        self.keys = {**{str(a): a for a in self.buttons}, **arrows}
-        self.turn, self.close = -1, lambda: plt.close(self.figure)
-        self.figure = plt.figure("genie_mini", figsize=(7, 8))
-        canvas = self.figure.canvas
-        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)      # S, Q and R are ours
-        canvas.mpl_connect("key_press_event", self.on_key)
-        canvas.mpl_connect("key_release_event", self.on_release)
-        canvas.mpl_connect("close_event", lambda _: self.timer.stop())
-        self.timer = canvas.new_timer(interval=100)      # ms: 10 FPS, as in the video
-        self.timer.add_callback(self.tick)
-        self.restart()
-        self.lay_out()
-        self.timer.start()
-
-    def restart(self):
-        """Begin anew, at the next first frame."""
-        self.turn = (self.turn + 1) % len(self.firsts)
-        self.frame = self.firsts[self.turn].cpu().numpy()               # (64, 64)
-        self.film = deque([np.packbits(self.frame, axis=-1)], maxlen=self.KEEP)
-        self.state = self.genie.start(self.firsts[self.turn])
-        self.pressed, self.held, self.released = deque(maxlen=30), None, False
-        self.last, self.speed, self.note = time.monotonic(), 0.0, ""
-        self.look_ahead()
-
-    def look_ahead(self):
-        """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
-        many = self.state.copies(len(self.buttons))
-        self.futures = self.genie.sketch(many, self.buttons, self.generator).cpu().numpy()
-
-    def tick(self):
-        """One frame on: by the button that is held, or by the one that moves things least."""
-        action = self.arrows[" "] if self.held is None else self.held
-        if self.released:                                # a short tap counts for one frame
-            self.held, self.released = None, False
-        frame, self.state = self.genie.step(self.state, action, self.generator)
-        self.frame = frame[0].cpu().numpy()
-        self.film.append(np.packbits(self.frame, axis=-1))
-        self.pressed.append(action)
-        self.look_ahead()
-        now = time.monotonic()
-        rate = 1 / max(1e-6, now - self.last)
-        self.last, self.speed = now, 0.9 * self.speed + 0.1 * rate if self.speed else rate
-        self.draw()
-
-    def picture(self):
-        """The frame, enlarged to the width of all the futures in a row; and these under it."""
-        n = len(self.buttons)
-        large = np.pad(self.frame.repeat(n, 0).repeat(n, 1) * 255, ((0, 2), (n, n)))
-        return np.concatenate([large, beside(list(self.futures * 255))])
-
-    def lay_out(self):
-        """Make the artists; draw() then only changes what they show."""
-        axes, n = self.figure.add_axes((0.02, 0.13, 0.96, 0.82)), len(self.buttons)
-        axes.set_axis_off()
-        self.image = axes.imshow(in_colour(self.picture()), interpolation="nearest")
-        signs = {"up": "↑", "down": "↓", "left": "←", "right": "→", " ": "space"}
-        for a in range(n):
-            names = [str(a)] + [signs[key] for key, action in self.arrows.items() if action == a]
-            axes.text(66 * a + 32, 64 * n + 72, "\n".join(names), ha="center", va="top")
-        self.title = self.figure.text(0.02, 0.96, "")
-        self.history = self.figure.text(0.02, 0.04, "")
-        self.figure.text(0.02, 0.01, self.HELP)
-        self.draw()
-
-    def draw(self):
-        self.image.set_data(in_colour(self.picture()))
-        self.title.set_text(f"{self.speed:.1f} frames a second   {self.note}")
-        self.history.set_text("pressed: " + " ".join(map(str, self.pressed)))
-        self.figure.canvas.draw_idle()
-
-    def on_key(self, event):
-        key = (event.key or "").lower()
-        if key in self.keys:
-            self.held, self.released = self.keys[key], False
-        elif key in ("r", "s", "q"):
-            {"r": self.restart, "s": self.save, "q": self.close}[key]()
-
-    def on_release(self, event):
-        if self.keys.get((event.key or "").lower()) == self.held:
-            self.released = True                         # the next tick still sees it
-
-    def save(self):
-        """Write what was played as dream-1.gif, or the next number that is free."""
-        path = next(p for n in itertools.count(1) if not (p := Path(f"dream-{n}.gif")).exists())
-        try:
-            save_gif(np.unpackbits(np.stack(self.film), axis=-1), path)
-            self.note = f"saved {path}"
-        except (UserError, OSError) as error:            # the dream goes on
-            self.note = f"not saved: {error}"
-
-
-def save_sheet(rows, labels, path, scale=2):
-    """Write a contact sheet (PNG): clips of equal length (n, T, 64, 64) of 0/1, one a row."""
-    strips = [beside(list(np.asarray(frames) * 255)) for frames in rows]      # (64, T * 66) each
-    sheet = np.concatenate([np.pad(s, ((0, 2), (0, 0)), constant_values=128) for s in strips])
-    sheet = np.pad(sheet.repeat(scale, 0).repeat(scale, 1), ((0, 0), (72, 0)))
-    image = Image.fromarray(sheet.astype(np.uint8))
-    for row, label in enumerate(labels):
-        ImageDraw.Draw(image).text((6, (66 * row + 28) * scale), f"{label}", fill=255)
-    with written_whole(path) as file:
-        image.save(file, "PNG")
-
-
-def draw_curves(rows, path):
-    """Draw the curves of a training run (PNG) from its logged rows, the dicts of metrics.csv."""
-    from matplotlib.figure import Figure                                # slow to import: only here
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
-              "LAM: pixel loss": ("world", "pixel_loss", "log"),
-              "dynamics: loss": ("world", "dynamics_loss", "log"),
-              "actions: perplexity": ("world", "perplexity", "linear")}
-    for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
-        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-        axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
-        axes.plot([step for step, _ in points], [value for _, value in points])
-    with written_whole(path) as file:
-        figure.savefig(file, dpi=100, format="png")
 
 
 def write_preview(data, out, split="train", count=8, force=False):
     """Draw sequences spread evenly over a split: the `preview` command. .png or .gif."""
+    from extras.pictures import beside, save_gif, save_sheet
     out = check_output(out, (".png", ".gif"), force)
     if not 1 <= count <= 200:
         raise UserError("--count must be from 1 to 200")
     loaded = load_split(data, split)
-    # Evenly spread, and without repeats where there are fewer than count.
-    chosen = np.unique(np.linspace(0, len(loaded["bits"]) - 1, count).round().astype(int))
-    pixels = unpack(loaded["bits"][chosen])                           # (n, 16, 64, 64)
+    bits, grey = loaded["bits"], loaded["grey"]
+    chosen = evenly(len(bits), count)
+    shown = dict(zip(evenly(len(bits), len(grey)).tolist(), grey / 255))
+    rows, labels = [], []               # the grey picture, where it is known, over the binary one
+    for i in chosen.tolist():
+        pair = [shown[i]] if i in shown else []
+        rows += [*pair, unpack(bits[i])]                              # (16, 64, 64) each
+        labels += ["grey"] * len(pair) + [loaded["start"][i]]
     if out.suffix.lower() == ".gif":
-        save_gif(beside(list(pixels * 255)), out, scale=2)
+        save_gif(np.concatenate([beside([row * 255 for row in rows[k::2]]) for k in (0, 1)], axis=1)
+                 if len(rows) == 2 * len(chosen) else beside([row * 255 for row in rows]), out, 2)
     else:
-        save_sheet(pixels, loaded["start"][chosen], out)
+        save_sheet(rows, labels, out)
     print(f"wrote {out}: {len(chosen)} sequences of {split}")
 
 
@@ -1185,8 +1417,8 @@ def finite_number(text):
 
 
 def threshold(text):
-    """Read --threshold for argparse: 'otsu', 'adaptive' or an int from 0 to 255."""
-    if text in ("otsu", "adaptive"):
+    """Read --threshold for argparse: a word, or an int from 0 to 255."""
+    if text in ("auto", *METHODS):
         return text
     if not 0 <= int(text) <= 255:
         raise ValueError
@@ -1200,13 +1432,17 @@ def parse_arguments(argv):
     demo = commands.add_parser("demo", help="render the demo world", allow_abbrev=False)
     demo.add_argument("--minutes", type=finite_number, default=60.0)
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--world", choices=tuple(WORLDS), default="demo", help="demo (default), ball:"
+                      " one that needs memory, or crowd: with eight balls")
     video = commands.add_parser("video", help="convert video files", allow_abbrev=False)
     video.add_argument("files", nargs="+", metavar="FILE")
-    video.add_argument("--threshold", type=threshold, default="otsu", help="otsu (default), "
-                       "adaptive, or 0-255: pixels brighter than this become 1")
+    video.add_argument("--threshold", type=threshold, default="auto", help="auto (default: what "
+                       "keeps the motion), otsu, motion, adaptive, or 0-255: brighter becomes 1")
     video.add_argument("--invert", action="store_true", help="swap black and white")
-    video.add_argument("--crop", choices=("center", "fit"), default="center",
-                       help="keep the middle square (default), or all, with black bars")
+    video.add_argument("--crop", choices=("auto", "center", "fit", "stretch"), default="auto",
+                       help="keep the middle square, or all, with black bars or stretched; auto "
+                       "(default): the square, unless things move outside it")
+    video.add_argument("--actions", metavar="KEYS.npy", help="the key held in each 30 FPS frame")
     video.add_argument("--start", type=finite_number, default=0.0, metavar="S",
                        help="seconds to leave out")
     video.add_argument("--end", type=finite_number, metavar="S", help="seconds at which to stop")
@@ -1226,16 +1462,16 @@ def main(argv=None):
     try:
         args = parse_arguments(argv)
         if args.command == "demo":
-            write_demo(args.out, args.minutes, args.seed, args.force)
+            write_demo(args.out, args.minutes, args.seed, args.force, args.world)
         elif args.command == "video":
             write_video(args.files, args.out, args.threshold, args.crop, args.invert,
-                        args.start, args.end, args.force)
+                        args.start, args.end, args.force, args.actions)
         else:
             write_preview(args.data, args.out, args.split, args.count, args.force)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, av.error.FFmpegError) as error:        # a full disk, a file without permission
+    except (OSError, FFmpegError) as error:        # a full disk, a file without permission
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
