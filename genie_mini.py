@@ -19,37 +19,35 @@ Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
-Contents: the tutorial, and (12 to 15) what it takes to run it, to skip at first
-     1  Config and presets               9  Training, stages 1 and 2
-     2  Data                            10  Evaluation
-     3  ST-attention, ST-transformer    11  Play
-     4  Vector quantizer
-     5  Video tokenizer                 12  Devices and processes
-     6  Latent action model             13  Bench
-     7  Dynamics model (MaskGIT)        14  Checkpoint files
-     8  Genie: joined, and played       15  Command line
+Contents: the tutorial, and (13 and 14) what it takes to run it, to skip at first
+     1  Config and presets               8  Dynamics model (MaskGIT)
+     2  Where to compute                 9  Genie: joined, and played
+     3  Data                            10  Training, stages 1 and 2
+     4  ST-attention, ST-transformer    11  Evaluation
+     5  Vector quantizer                12  Play
+     6  Video tokenizer
+     7  Latent action model             13  Checkpoint files, 14  Command line
+What a reader does not need stands in extras/: bench, pictures, the play window.
 
-Where this departs from the paper, a named switch in Config says so and why; the `full` preset
-turns every such switch off. README's "How this differs from Genie" lists them, with the reasons.
+Where the paper is silent, this takes what was measured to learn; README's "How this differs from
+Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.
 """
 
 import atexit
-import contextlib
 import copy
 import dataclasses
-import functools
+import inspect
 import io
 import json
 import math
 import os
-import platform
+import re
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -61,127 +59,74 @@ import torch.nn.functional as F
 
 import data_prep
 from data_prep import UserError
+from extras.pictures import beside, draw_curves, save_gif
 
-VERSION = 2                     # of the checkpoint format
+VERSION = 3                     # of the checkpoint format
 SIZE = data_prep.SIZE           # frames are 64 x 64 pixels
 CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
 
 # --------------------------------------------------------------------------------------------------
 # 1  Config and presets
 #
-# Problem: a world model has some fifty numbers to choose, and a reader wants to know the reason for
+# Problem: a world model has dozens of numbers to choose, and a reader wants to know the reason for
 # each. They all live here, one a line, with the reason beside it; `--help` prints the same reasons,
 # and every field is a flag of the same name. The defaults are the `full` preset: the card of this
-# project, that is Genie scaled down to 64x64 black-and-white video.
-
-
-def setting(default, why, low=0, high=2**31 - 1, options=None):
-    """A Config field with its reason and its allowed range or options, for --help and checks."""
-    return field(default=default, metadata=dict(why=why, low=low, high=high, options=options))
+# project, that is Genie scaled down to 64x64 black-and-white video. Where the card is silent, they
+# are what was measured to learn. The other presets differ in sizes, steps and cost-savers only.
 
 
 @dataclass
 class Config:
     """Every choice in this file. Defaults are the `full` preset."""
 
-    preset: str = setting("full", "the preset that the other values started from",
-                          options=("full", "laptop", "smoke"))
-    seed: int = setting(0, "every random draw of a run follows from this number")
-    device: str = setting("auto", "where to compute; auto takes the fastest there is",
-                          options=("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "auto takes bfloat16 where the chip multiplies it faster",
-                             options=("auto", "float32", "bfloat16"))
+    preset: str = "full"            # the preset that the other values started from
+    seed: int = 0                   # every random draw of a run follows from this number
+    device: str = "auto"            # where to compute; auto takes the fastest there is
+    precision: str = "auto"         # auto takes bfloat16 on GPUs since Ampere, else float32
+    # All three models
+    heads: int = 4                  # attention heads of every transformer
+    latent_dim: int = 16            # width of a code vector, in both codebooks
     # Video tokenizer (stage 1)
-    tok_patch: int = setting(4, "4x4 pixels a patch: 16x16 tokens a frame", low=1)
-    tok_dim: int = setting(256, "model width", low=1, high=8192)
-    tok_heads: int = setting(4, "attention heads", low=1)
-    tok_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1,
-                              high=100)
-    tok_space: bool = setting(True, "space attention; without it a patch has the same token"
-                              " wherever it is (departure: the dynamics has less to learn)")
-    tok_time: bool = setting(True, "time attention; without it each frame is tokenized alone"
-                             " (departure: a token means the same whatever came before)")
-    tok_codes: int = setting(32, "codes in the codebook; few, since the video is binary", low=2,
-                             high=256)
+    tok_patch: int = 4              # 4x4 pixels a patch: 16x16 tokens a frame
+    tok_dim: int = 256              # model width
+    tok_layers: int = 4             # layers in the encoder, and as many in the decoder
+    tok_codes: int = 32             # codes in the codebook; few, since the video is binary
+    tok_attention: bool = True      # false: each patch is tokenized alone (cost-saver)
+    tok_unquantized: int = 100      # steps before the codebook starts: k-means needs a spread
+    tok_frames: int = 16            # frames a sequence; one is enough without tok_attention
+    tok_steps: int = 50_000         # optimizer steps of stage 1
     # Latent action model (stage 2)
-    lam_patch: int = setting(8, "coarser than the tokenizer's: motion needs less detail", low=1)
-    lam_dim: int = setting(256, "model width", low=1, high=8192)
-    lam_heads: int = setting(4, "attention heads", low=1)
-    lam_layers: int = setting(4, "layers in the encoder, and as many in the decoder", low=1,
-                              high=100)
-    lam_time: bool = setting(True, "time attention; without it the encoder sees one step, the"
-                             " decoder one frame (departure: less to confuse)")
-    lam_input: str = setting("frames", "what the encoder sees; diff = the change between frames"
-                             " (departure: all motion, no place)", options=("frames", "diff"))
-    lam_roll: bool = setting(False, "train the encoder on a copy rolled by a random number of"
-                             " tok_patches (departure: a code can then not depend on the place)")
-    lam_pool: str = setting("mean", "patches to one action: the mean of all, or of the changed"
-                            " (departure: they drown in the rest)", options=("mean", "changed"))
-    num_actions: int = setting(8, "latent actions: eight buttons, so 3 bits a step", low=2,
-                               high=256)
+    lam_patch: int = 8              # coarser than the tokenizer's: motion needs less detail
+    lam_dim: int = 256              # model width
+    lam_layers: int = 4             # layers in the encoder, and as many in the decoder
+    lam_view: str = "change"        # what the encoder sees; frames: the paper's (section 7)
+    num_actions: int = 8            # latent actions: eight buttons, so 3 bits a step
+    lam_steps: int = 0              # first steps of stage 2 in which the LAM trains; 0: all
+    lam_unquantized: float = 0.5    # share of these before its codebook starts (section 7)
     # Dynamics model (stage 2)
-    dyn_dim: int = setting(256, "model width", low=1, high=8192)
-    dyn_heads: int = setting(4, "attention heads", low=1)
-    dyn_layers: int = setting(6, "layers; the card names 6 and 4, the 4 is read as heads", low=1,
-                              high=100)
-    dyn_fold: int = setting(1, "fold x fold tokens share one transformer position (departure: 2"
-                            " costs a quarter; each token is still masked and drawn alone)", low=1)
-    mask_min: float = setting(0.5, "a sequence draws its masking rate in [mask_min, 1]", high=1)
-    clean_frames: float = setting(0.0, "share of training frames left unmasked (departure: at play"
-                                  " the past is clean, in the paper's training never)", high=0.99)
-    action_noise: float = setting(0.0, "share of quiet steps whose action is swapped for another"
-                                  " code when the dynamics trains (departure: a press that a wall"
-                                  " blocks looks like none, so nothing else shows it)", high=1)
-    # Shared by all models
-    neighbour_start: bool = setting(False, "start each spatial head on one of the 4 neighbours"
-                                    " (departure: motion is local, so learning is faster)")
-    latent_dim: int = setting(16, "width of a code vector, in both codebooks", low=1, high=8192)
-    commitment: float = setting(0.25, "weight of the commitment loss (VQ-VAE, section 3.2)")
-    codebook_decay: float = setting(0.99, "moving-average decay of the codebook", high=0.9999)
-    dead_after: int = setting(100, "re-seed a code that no vector chose for this many steps", low=1)
-    tok_unquantized: int = setting(100, "steps before the tokenizer's codebook starts (half of a"
-                                   " shorter run): k-means++ needs encoder outputs that differ")
-    lam_unquantized: int = setting(0, "the same for the latent action model (two thirds of its"
-                                   " steps, if these are fewer); half of its steps is best: the"
-                                   " latents then name actions, and the cosine has brought the rate"
-                                   " down, so that no jump of the encoder merges codes (at a third"
-                                   " it did)")
+    dyn_dim: int = 256              # model width
+    dyn_layers: int = 6             # the card names 6 and 4 layers; the 4 is read as heads
+    dyn_fold: int = 1               # fold x fold tokens share one position; 2 costs a quarter
+    dyn_frames: int = 16            # frames a sequence: the memory of play, plus one
+    dyn_steps: int = 50_000         # optimizer steps of stage 2
+    mask_min: float = 0.5           # a sequence draws its masking rate in [mask_min, 1]
+    clean_frames: float = 0.5       # share of frames left unmasked: at play the past is clean
+    action_noise: float = 0.8       # share of quiet steps with another action (section 10)
     # Training
-    tok_steps: int = setting(50_000, "optimizer steps of stage 1")
-    dyn_steps: int = setting(50_000, "optimizer steps of stage 2")
-    lam_steps: int = setting(0, "the latent action model trains in the first so many steps of stage"
-                             " 2, with a cosine of its own (0: in all; departure: it is done far"
-                             " sooner than the dynamics, and a step without it is cheaper)")
-    batch: int = setting(128, "sequences the optimizer sees a step", low=1)
-    micro_batch: int = setting(0, "sequences in memory at once, or auto (0): as many as fit; the"
-                               " gradient is the same")
-    tok_frames: int = setting(16, "frames of each sequence that stage 1 sees (departure: without"
-                              " tok_time one will do, since the next are nearly the same)", low=1,
-                              high=CLIP)
-    dyn_frames: int = setting(16, "frames of each sequence that stage 2 sees, so the memory of play"
-                              " plus one (departure: given much past, it guesses the action from"
-                              " the motion so far and obeys the button less)", low=2, high=CLIP)
-    lr: float = setting(3e-4, "peak learning rate")
-    min_lr: float = setting(3e-4, "learning rate at the cosine's end; the card keeps it flat")
-    warmup: int = setting(2000, "steps of linear warm-up")
-    beta1: float = setting(0.9, "AdamW", high=0.9999)
-    beta2: float = setting(0.9, "AdamW; lower than usual, as in Genie", high=0.9999)
-    weight_decay: float = setting(1e-4, "AdamW")
-    grad_clip: float = setting(1.0, "gradient norm above which a model's step is scaled down")
-    log_every: int = setting(50, "steps between log lines", low=1)
-    val_every: int = setting(1000, "steps between validations, pictures and checkpoints", low=1)
-    val_sequences: int = setting(64, "sequences in a validation during training", low=1)
+    batch: int = 128                # sequences the optimizer sees a step
+    micro_batch: int = 0            # sequences in memory at once; 0 (auto): as many as fit
+    lr: float = 3e-4                # peak learning rate
+    min_lr: float = 3e-4            # learning rate at the cosine's end; the card keeps it flat
+    warmup: int = 2000              # steps of linear warm-up
+    beta2: float = 0.9              # of AdamW; lower than usual, as in Genie
+    log_every: int = 50             # steps between log lines
+    val_every: int = 1000           # steps between validations, pictures and checkpoints
+    val_sequences: int = 64         # sequences in a validation during training
     # Sampling
-    maskgit_steps: int = setting(10, "passes in which a frame's tokens are decided", low=1)
-    temperature: float = setting(1.0, "of the token distribution; 0 takes the likeliest"
-                               " (in an order that is still drawn)")
-    order_noise: float = setting(4.5, "Gumbel noise on the confidence that orders the commits,"
-                                 " annealed to 0 (as in MaskGIT's code); 0 = the surest first;"
-                                 " large = random order")
-    mask_schedule: str = setting("cosine", "which tokens a pass commits: a number that grows along"
-                                 " the cosine; adaptive = all that are sure and one that is not"
-                                 " (departure: a frame has a few doubtful tokens, and is done in"
-                                 " three passes, not ten)", options=("cosine", "adaptive"))
+    maskgit_steps: int = 10         # passes in which a frame's tokens are decided
+    temperature: float = 1.0        # of the token distribution; 0 takes the likeliest
+    order_noise: float = 4.5        # Gumbel noise on the confidence that orders the commits
+    mask_schedule: str = "cosine"   # what a pass commits; adaptive: all that is confident
 
     @property
     def lam_end(self):
@@ -191,49 +136,96 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # For a 2-core laptop: narrow, shallow, with every departure that helps.
+    # For a 2-core laptop: narrow, shallow, and a memory of one frame.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_space=False, tok_time=False, tok_frames=1, tok_steps=500,
-        lam_dim=128, lam_layers=2, lam_time=False, lam_input="diff", lam_roll=True,
-        lam_pool="changed", lam_unquantized=400, lam_steps=800, dyn_dim=128, dyn_layers=4,
-        dyn_fold=2, dyn_frames=2, dyn_steps=2400, action_noise=0.8, temperature=0.1,
-        order_noise=0.0, mask_schedule="adaptive", neighbour_start=True, batch=32, micro_batch=32,
-        lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.99, val_every=240),
+        tok_dim=64, tok_layers=2, tok_attention=False, tok_frames=1, tok_steps=500,
+        lam_dim=128, lam_layers=2, lam_steps=800, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=2400, clean_frames=0.0, temperature=0.1, order_noise=0.0,
+        mask_schedule="adaptive", batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100,
+        beta2=0.99, val_every=240),
+    # The card made small: 16 frames, attention over space and time in all three models. A clip
+    # holds 15 steps, so one clip a step is enough, and many short steps learn faster than few.
+    "memory": dict(
+        tok_dim=64, tok_layers=2, tok_unquantized=250, tok_steps=800, lam_dim=128, lam_layers=2,
+        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=2400, temperature=0.1,
+        order_noise=0.0, mask_schedule="adaptive", batch=1, micro_batch=1, lr=1e-3, min_lr=1e-4,
+        warmup=100, beta2=0.99, val_every=400, val_sequences=32),
     # Everything in a minute or two, for tests; it learns next to nothing.
     "smoke": dict(
-        tok_dim=32, tok_heads=2, tok_layers=1, tok_frames=4, tok_steps=60,
-        tok_unquantized=20, lam_dim=32, lam_heads=2, lam_layers=1, dyn_dim=32,
-        dyn_heads=2, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60, batch=8, micro_batch=4,
-        lr=2e-3, min_lr=1e-3, warmup=10, log_every=20, val_every=30, val_sequences=8,
-        maskgit_steps=4),
+        heads=2, tok_dim=32, tok_layers=1, tok_frames=4, tok_steps=60, tok_unquantized=20,
+        lam_dim=32, lam_layers=1, dyn_dim=32, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60,
+        batch=8, micro_batch=4, lr=2e-3, min_lr=1e-3, warmup=10, log_every=20, val_every=30,
+        val_sequences=8, maskgit_steps=4),
 }
+
+CHOICES = {"preset": tuple(PRESETS), "device": ("auto", "cpu", "cuda", "mps"),
+           "precision": ("auto", "float32", "bfloat16"), "lam_view": ("change", "frames"),
+           "mask_schedule": ("cosine", "adaptive")}
+# Of the numbers: (lowest, highest). Any other number is from 0 to 2^31 - 1, a share from 0 to 1.
+RANGES = {**dict.fromkeys(("tok_dim", "lam_dim", "dyn_dim", "latent_dim"), (1, 8192)),
+          **dict.fromkeys(("tok_layers", "lam_layers", "dyn_layers"), (1, 100)),
+          **dict.fromkeys(("tok_codes", "num_actions"), (2, 256)),
+          **dict.fromkeys(("heads", "tok_patch", "lam_patch", "dyn_fold", "batch", "log_every",
+                           "val_every", "val_sequences"), (1, 2**31 - 1)),
+          **dict.fromkeys(("mask_min", "action_noise", "lam_unquantized"), (0, 1)),
+          "tok_frames": (1, CLIP), "dyn_frames": (2, CLIP), "maskgit_steps": (1, 4096),
+          "clean_frames": (0, 0.99), "beta2": (0, 0.9999)}
 
 
 def check_config(c):
     """Raise UserError, with one sentence, for a Config that cannot work."""
     for f in dataclasses.fields(c):
-        value, limits = getattr(c, f.name), f.metadata
-        if limits["options"] and value not in limits["options"]:
-            raise UserError(f"--{f.name} is {value}: choose {', '.join(limits['options'])}")
-        if f.type in (int, float) and not limits["low"] <= value <= limits["high"]:     # or NaN
-            raise UserError(f"--{f.name} is {value}: it must be a number from {limits['low']} to"
-                            f" {limits['high']}")
-    for part in ("tok", "lam", "dyn"):
-        dim, heads = getattr(c, part + "_dim"), getattr(c, part + "_heads")
-        if dim % (4 * heads):
-            raise UserError(f"--{part}_dim {dim} must be a multiple of 4 x --{part}_heads {heads}:"
-                            " rotary positions turn pairs of channels along two axes")
+        value, (low, high) = getattr(c, f.name), RANGES.get(f.name, (0, 2**31 - 1))
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            raise UserError(f"--{f.name} is {value}: choose {', '.join(CHOICES[f.name])}")
+        if f.type in (int, float) and not low <= value <= high:         # or NaN
+            raise UserError(f"--{f.name} is {value}: it must be a number from {low} to {high}")
+    for name in ("tok_dim", "lam_dim", "dyn_dim"):
+        if getattr(c, name) % (4 * c.heads):
+            raise UserError(f"--{name} {getattr(c, name)} must be a multiple of 4 x --heads"
+                            f" {c.heads}: rotary positions rotate pairs of channels along two axes")
     row = SIZE // c.tok_patch                                           # tokens in a row
     for name, whole in (("tok_patch", SIZE), ("lam_patch", SIZE), ("dyn_fold", row)):
         if whole % getattr(c, name):
             raise UserError(f"--{name} is {getattr(c, name)}: it must divide {whole}")
-    if not c.lam_time and c.lam_input == "frames":
-        raise UserError("--lam_time false needs --lam_input diff: an encoder that sees one frame at"
-                        " a time cannot tell what changed")
 
 
 # --------------------------------------------------------------------------------------------------
-# 2  Data
+# 2  Where to compute
+#
+# Problem: the same program should run on a laptop and on a GPU. What depends on the machine is
+# chosen here, once; nothing in it changes what is learned.
+
+
+def pick_device(name):
+    """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
+    if name == "cuda":                                   # what stays float32 may use TF32 there
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def compute_dtype(precision, device):
+    """bfloat16 if asked for, and by itself on GPUs since Ampere; else float32. (A CPU with AMX is
+    2.5 times as fast in bfloat16, others far slower than in float32: there, say which.)"""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    wanted = precision == "bfloat16" or (precision == "auto" and ampere)
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def autocast(precision, device):
+    """A context in which matrix products run in compute_dtype. The quantizers leave it."""
+    dtype = compute_dtype(precision, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3  Data
 #
 # Problem: an hour of video is 6,750 sequences of 16 frames. As float32 they fill 1.8 GB; as the
 # bits they are, 55 MB. So the data stays packed in memory, one bit a pixel, and only a batch is
@@ -257,6 +249,7 @@ class Sequences:
     def __init__(self, path, split):
         loaded = data_prep.load_split(path, split)
         self.bits, self.start, self.actions = loaded["bits"], loaded["start"], loaded["actions"]
+        self.world = data_prep.first_source(path)                       # such as "demo world"
 
     def __len__(self):
         return len(self.bits)
@@ -285,8 +278,13 @@ class Sequences:
         return picks, int(torch.randint(late + 1, (1,), generator=seeded(seed, stage, step, 1)))
 
 
+def spread(data, count):
+    """At most `count` indices of sequences, evenly spread over a split."""
+    return np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
+
+
 # --------------------------------------------------------------------------------------------------
-# 3  ST-attention and the ST-transformer
+# 4  ST-attention and the ST-transformer
 #
 # Problem: a clip has T x N = 16 x 256 = 4,096 patches, and full attention compares all pairs: 16.8
 # million. But most of what decides a patch is either elsewhere in the same frame or earlier at the
@@ -299,10 +297,10 @@ class Sequences:
 # new one is being refined, so its keys and values are kept (the cache below), not recomputed.
 
 
-def rotary_turns(positions, pairs):
-    """Turn of each channel pair at each position, as cos and sin: (..., S) -> (..., S, pairs, 2).
+def rotary(positions, pairs):
+    """Angles of each channel pair at each position, as cos and sin: (..., S) -> (..., S, pairs, 2).
 
-    Rotary positions (Su et al. 2021): turn each pair of channels of q and k by position times
+    Rotary positions (Su et al. 2021): rotate each pair of channels of q and k by position times
     frequency. Then q . k depends on the *difference* of positions: what is learned at one place
     holds at every place. Frequencies run from pi (tells neighbours apart) to pi/16 (spans our
     16 x 16 grid).
@@ -312,177 +310,124 @@ def rotary_turns(positions, pairs):
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x, turns):
-    """Turn the channel pairs (0, 1), (2, 3) ... of x (..., S, e) by turns (S, e/2, 2).
-
-    A pair (a, b) is a complex number a + ib, and to turn it is to multiply it by cos + i sin.
-    """
-    pairs = x.unflatten(-1, (-1, 2))                                    # (..., S, e/2, 2)
-    if complex_pays(x):                                                 # section 12
-        turned = torch.view_as_complex(pairs.float()) * torch.view_as_complex(turns)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.to(x.dtype).unbind(-1)
+def rotate(x, table):
+    """Rotate the channel pairs (0, 1), (2, 3) ... of x (..., S, e) by a table (S, e/2, 2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                          # each (..., S, e/2)
+    cos, sin = table.to(x.dtype).unbind(-1)                             # each (S, e/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-class SpatialAttention(nn.Module):
-    """Every patch of a frame attends to every patch of the same frame. (B, T, N, D) -> the same."""
+class Attention(nn.Module):
+    """Every position takes a mixture of the values of all that it may see. (M, S, D) -> the same.
 
-    def __init__(self, dim, heads, side, neighbour_start):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        # Half of the channel pairs turn with the row, the other half with the column.
-        pairs = dim // heads // 4
-        row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-        turns = torch.cat([rotary_turns(row, pairs), rotary_turns(col, pairs)], dim=-2)
-        self.register_buffer("turns", turns, persistent=False)          # (N, e/2, 2)
-        nn.init.zeros_(self.qkv.bias)
-        if neighbour_start:
-            self.start_on_neighbours(dim, heads, pairs)
-
-    @torch.no_grad()
-    def start_on_neighbours(self, dim, heads, pairs, strength=1.8):
-        """Set the biases of q and k so that head 0 looks up, 1 down, 2 left, 3 right, 4 up ...
-
-        With constant k = b and q = b turned by one step, q . k peaks where the rotary turns cancel,
-        one patch away; 1.8 puts that neighbour about 3 above the next in the logits. It is only a
-        start: the biases are trained like any weight.
-        """
-        steps = [(-1, 0), (1, 0), (0, -1), (0, 1)]
-        bias = self.qkv.bias.view(3, heads, 2 * pairs, 2)
-        bias[1, :, :, 0] = strength                                     # k: (cos, sin) = (1, 0)
-        for head in range(heads):
-            back = [rotary_turns(torch.tensor(-s), pairs) for s in steps[head % 4]]
-            bias[0, head] = strength * torch.cat(back) * torch.tensor([1, -1])      # (e/2, 2)
-
-    def forward(self, x):
-        """x (B, T, N, D) -> the same shape: each position a mixture of its frame's values."""
-        B, T, N, D = x.shape
-        qkv = self.qkv(x).view(B * T, N, 3, self.heads, D // self.heads)
-        # Not by slices: the gradient of a slice is a table of zeros as large as all of qkv.
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (BT, h, N, e)
-        q, k = rotate(q, self.turns), rotate(k, self.turns)
-        if fused_pays(q):                                               # section 12
-            y = F.scaled_dot_product_attention(q, k, v)                 # (BT, h, N, e)
-        else:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(D // self.heads)  # (BT, h, N, N)
-            y = scores.softmax(-1).to(v.dtype) @ v                      # (BT, h, N, e)
-        return self.out(y.transpose(1, 2).reshape(B, T, N, D))
-
-
-class TemporalAttention(nn.Module):
-    """Every patch attends to its own past, itself included. (B, T, N, D) -> the same.
-
-    Given the keys and values of `past` frames it takes x as the frames that follow them, and so
-    computes just what it would have computed for the whole clip.
+    softmax(q k^T / sqrt(e)) v for each of h heads: the one piece that serves space (S = the patches
+    of a frame, all visible) and time (S = the frames of a patch, the later ones hidden). `table`
+    (S, e/2, 2) holds the rotary positions.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, table, causal):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        times = torch.arange(CLIP)                      # no clip is longer, in training or at play
-        turns = rotary_turns(times, dim // heads // 2)
-        self.register_buffer("turns", turns, persistent=False)          # (16, e/2, 2)
-        self.register_buffer("later", times > times[:, None], persistent=False)     # (16, 16)
+        nn.init.zeros_(self.qkv.bias)
+        self.register_buffer("table", table, persistent=False)
+        S = len(table)
+        visible = torch.ones(S, S, dtype=torch.bool).tril() if causal else None
+        self.register_buffer("visible", visible, persistent=False)      # (S, S): query sees key
 
-    def forward(self, x, past):
-        """past: None or (k, v), each (B, N, h, T_past, e).
+    def forward(self, x, past=None):
+        """x (M, S, D); past: None, or the (k, v) of the positions before, each (M, h, S_past, e).
 
-        Returns y (B, T, N, D) and the (k, v) of x's own frames, for a cache to keep: k is turned
-        already, so it stays as it is however many frames follow.
+        Given those it takes x as the positions that follow them, and so computes just what it would
+        have computed for the whole. Returns y (M, S, D), and the (k, v) of all positions so far.
         """
-        B, T, N, D = x.shape
-        e = D // self.heads
-        now = 0 if past is None else past[0].shape[3]                   # time of x's first frame
-        end = now + T
-        qkv = self.qkv(x).view(B, T, N, 3, self.heads, e).permute(3, 0, 2, 4, 1, 5)
-        q, k, v = qkv.unbind()                                          # each (B, N, h, T, e)
-        turns = self.turns[now:end]                                     # (T, e/2, 2)
-        q, k = rotate(q, turns), rotate(k, turns)
-        if past is None and fused_pays(q):                              # section 12
-            flat = [x.flatten(0, 1) for x in (q, k, v)]                 # each (BN, h, T, e)
-            y = F.scaled_dot_product_attention(*flat, is_causal=True).view_as(q)
-            return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
-        scores = q @ k.transpose(-1, -2)                                # (B, N, h, T, T)
+        M, S, D = x.shape
+        qkv = self.qkv(x).view(M, S, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (M, h, S, e)
+        begin = 0 if past is None else past[0].shape[2]                 # position of x's first
+        table = self.table[begin:begin + S]
+        q, k = rotate(q, table), rotate(k, table)
         if past is not None:
-            scores = torch.cat([q @ past[0].transpose(-1, -2), scores], dim=-1)  # T_past + T wide
-        later = self.later[now:end, :end]                               # (T, T_past + T)
-        weights = (scores / math.sqrt(e)).masked_fill(later, -torch.inf).softmax(-1).to(v.dtype)
-        y = weights[..., now:] @ v
-        if past is not None:                    # past and present apart: joining them would copy
-            y = y + weights[..., :now] @ past[1]                        # the whole past each time
-        return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, D)), (k, v)
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        visible = None if self.visible is None else self.visible[begin:begin + S, :begin + S]
+        # One call, since PyTorch never writes the S x S table to memory: a step is then faster on
+        # GPUs and CPUs alike (for the 256 x 256 of space 1.2 to 1.8 times, for time 1.5 to 1.8).
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (M, h, S, e)
+        return self.out(y.transpose(1, 2).reshape(M, S, D)), (k, v)
+
+
+@torch.no_grad()
+def start_on_neighbours(attention, strength=1.8):
+    """Set the biases of q and k so that head 0 looks up, 1 down, 2 left, 3 right, 4 up ...
+
+    Motion is local, so most of what a patch needs is next to it (departure; without it the LAM
+    takes several times as long). With constant k = b and q = b rotated by one step, q . k peaks
+    where the rotations cancel, one patch away; 1.8 puts that neighbour about 3 above the next in
+    the logits. It is only a start: the biases are trained like any weight.
+    """
+    heads, pairs = attention.heads, attention.table.shape[1] // 2       # pairs of an axis
+    bias = attention.qkv.bias.view(3, heads, 2 * pairs, 2)
+    bias[1, :, :, 0] = strength                                         # k: (cos, sin) = (1, 0)
+    for head in range(heads):
+        step = [(-1, 0), (1, 0), (0, -1), (0, 1)][head % 4]
+        back = torch.cat([rotary(torch.tensor(-s), pairs) for s in step])       # (e/2, 2)
+        bias[0, head] = strength * back * torch.tensor([1, -1])
 
 
 class STBlock(nn.Module):
     """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm).
 
-    Without `space` a patch sees no other, without `time` no other frame.
+    Without `attention` (see Config.tok_attention) a patch sees neither others nor its past.
     """
 
-    def __init__(self, dim, heads, side, time, neighbour_start, space=True):
+    def __init__(self, dim, heads, side, attention=True):
         super().__init__()
-        self.space = SpatialAttention(dim, heads, side, neighbour_start) if space else None
-        self.norm_space = nn.LayerNorm(dim) if space else None
+        self.space = self.time = None
+        if attention:
+            # Space: half of the channel pairs rotate with the row, the other half with the column.
+            pairs = dim // heads // 4
+            row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+            place = torch.cat([rotary(row, pairs), rotary(col, pairs)], dim=-2)     # (N, e/2, 2)
+            self.space, self.norm_space = Attention(dim, heads, place, False), nn.LayerNorm(dim)
+            start_on_neighbours(self.space)
+            when = rotary(torch.arange(CLIP), dim // heads // 2)        # no clip is longer
+            self.time, self.norm_time = Attention(dim, heads, when, True), nn.LayerNorm(dim)
         self.norm_ffn = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.time = TemporalAttention(dim, heads) if time else None
-        self.norm_time = nn.LayerNorm(dim) if time else None
 
-    def forward(self, x, past):
-        kv = None
+    def forward(self, x, past=None):
+        """x (B, T, N, D) -> the same, and the time attention's (k, v) for frames to come."""
+        (B, T, N, D), kept = x.shape, None
         if self.space is not None:
-            x = x + self.space(self.norm_space(x))
+            y, _ = self.space(self.norm_space(x).flatten(0, 1))         # (BT, N, D)
+            x = x + y.view(B, T, N, D)
         if self.time is not None:
-            y, kv = self.time(self.norm_time(x), past)
-            x = x + y
-        return x + self.ffn(self.norm_ffn(x)), kv
-
-
-class Cache:
-    """What a transformer remembers of past frames: keys and values of each layer's time attention.
-
-    It is exact, not an approximation: time attention is causal, so nothing about a past frame
-    depends on the frame being made.
-    """
-
-    def __init__(self, layers):
-        self.past = [None] * layers                    # each (k, v), (B, N, h, T_past, e)
-
-    def add(self, layer, kv):
-        """Remember the (k, v) of one layer's newest frames; None if it has no time attention."""
-        if self.past[layer] is not None:
-            kv = [torch.cat(pair, dim=3) for pair in zip(self.past[layer], kv)]
-        self.past[layer] = kv
-
-    def map(self, function):
-        """A new cache, of function(k) and function(v)."""
-        new = Cache(len(self.past))
-        new.past = [kv and (function(kv[0]), function(kv[1])) for kv in self.past]
-        return new
+            y = self.norm_time(x).transpose(1, 2).flatten(0, 1)         # (BN, T, D)
+            y, kept = self.time(y, past)
+            x = x + y.view(B, N, T, D).transpose(1, 2)
+        return x + self.ffn(self.norm_ffn(x)), kept
 
 
 class STTransformer(nn.Module):
-    """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D)."""
+    """A stack of ST-blocks. x (B, T, N, D) -> (B, T, N, D).
 
-    def __init__(self, dim, heads, layers, side, time, neighbour_start, space=True):
+    It also returns what to remember of the frames so far: each block's (k, v). Given that as `past`
+    with the frames that follow, it computes only those. This is exact, not an approximation: time
+    attention is causal, so nothing about a past frame depends on the frame being made.
+    """
+
+    def __init__(self, dim, heads, layers, side, attention=True):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            STBlock(dim, heads, side, time, neighbour_start, space) for _ in range(layers))
+        self.blocks = nn.ModuleList(STBlock(dim, heads, side, attention) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x, cache=None, commit=True):
-        """With a cache, x are the frames that follow it; `commit` adds them to it."""
-        cache = cache or Cache(len(self.blocks))
+    def forward(self, x, past=None):
+        kept = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, cache.past[i])
-            if commit:
-                cache.add(i, kv)
-        return self.norm(x)
+            x, kv = block(x, past[i] if past else None)
+            kept.append(kv)
+        return self.norm(x), kept
 
 
 def patchify(frames, patch):
@@ -501,7 +446,7 @@ def unpatchify(x, patch):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4  Vector quantizer
+# 5  Vector quantizer
 #
 # Problem: both the tokenizer and the action model must pass through a bottleneck of a few discrete
 # symbols, and "pick the nearest of K vectors" has no gradient. VQ-VAE (van den Oord et al. 2017)
@@ -523,7 +468,9 @@ class VectorQuantizer(nn.Module):
     codebook starts on the encoder outputs of that moment.
     """
 
-    def __init__(self, codes, dim, decay, dead_after, commitment, unquantized):
+    def __init__(self, codes, dim, decay=0.99, dead_after=100, commitment=0.25, unquantized=0):
+        """commitment: weight of its loss (VQ-VAE, section 3.2); decay: of the moving averages;
+        dead_after: re-seed a code that no vector chose for so many steps."""
         super().__init__()
         self.decay, self.dead_after, self.commitment = decay, dead_after, commitment
         self.unquantized = unquantized
@@ -564,17 +511,15 @@ class VectorQuantizer(nn.Module):
         give the same result as one big batch. The codebook starts on the vectors of more(), if
         given: a batch may hold only a few dozen.
         """
-        z = torch.cat([z for z, _ in self.seen])                        # (M, L)
-        indices = torch.cat([i for _, i in self.seen])                  # (M,)
+        z, indices = (torch.cat(parts) for parts in zip(*self.seen))    # (M, L), (M,)
         self.seen = []
         self.steps += 1
         if not self.started:
             if self.steps >= self.unquantized:
-                z = gather_over_ranks(z) if more is None else more()
-                self.start(self.some(z, generator), generator)
+                z = z if more is None else more()
+                self.start(self.sample(z, generator), generator)
             return
         count, total = self.totals(z, indices)                          # (K,), (K, L)
-        sum_over_ranks([count, total])                                  # of the whole batch
         self.ema_count.mul_(self.decay).add_(count, alpha=1 - self.decay)
         self.ema_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
         moved = count > 0                                               # (K,)
@@ -582,7 +527,7 @@ class VectorQuantizer(nn.Module):
         self.idle.add_(1)[moved] = 0
         dead = (self.idle >= self.dead_after).nonzero()[:, 0]
         if len(dead):
-            self.reseed(self.some(gather_over_ranks(z), generator), dead, generator)
+            self.reseed(self.sample(z, generator), dead, generator)
 
     def totals(self, z, indices):
         """How many of the vectors z (M, L) chose each code, (K,), and their sum, (K, L)."""
@@ -590,7 +535,7 @@ class VectorQuantizer(nn.Module):
         return chosen.sum(0), chosen.T @ z
 
     @staticmethod
-    def some(z, generator, most=4096):
+    def sample(z, generator, most=4096):
         """At most `most` of the vectors z (M, L), drawn at random."""
         return z[torch.randperm(len(z), generator=generator)[:most].to(z.device)]
 
@@ -630,7 +575,7 @@ class VectorQuantizer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5  Video tokenizer
+# 6  Video tokenizer
 #
 # Problem: predicting 4,096 pixels a frame is slow, and most of them say nothing new. A VQ-VAE
 # compresses each 4x4 patch to one of 32 symbols: 256 symbols a frame, which the dynamics model will
@@ -650,35 +595,35 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         self.patch = c.tok_patch
         side = SIZE // c.tok_patch
-        shape = (c.tok_dim, c.tok_heads, c.tok_layers, side, c.tok_time, c.neighbour_start,
-                 c.tok_space)
+        shape = (c.tok_dim, c.heads, c.tok_layers, side, c.tok_attention)
         self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
-        self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim, c.codebook_decay, c.dead_after,
-                                         c.commitment, min(c.tok_unquantized, c.tok_steps // 2))
+        self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim,
+                                         unquantized=min(c.tok_unquantized, c.tok_steps // 2))
         self.from_latent = nn.Linear(c.latent_dim, c.tok_dim)
         self.decoder = STTransformer(*shape)
         self.to_pixels = nn.Linear(c.tok_dim, c.tok_patch ** 2)
 
     def encode(self, frames):
         """frames (B, T, H, W) -> quantized (B, T, N, L), tokens (B, T, N), commitment loss."""
-        x = self.embed(patchify(pixels(frames), self.patch))            # (B, T, N, D)
-        return self.quantizer(self.to_latent(self.encoder(x)))
+        x, _ = self.encoder(self.embed(patchify(pixels(frames), self.patch)))   # (B, T, N, D)
+        return self.quantizer(self.to_latent(x))
 
-    def decode(self, quantized, cache=None):
-        """quantized (B, T, N, L) -> logits (B, T, H, W) that each pixel is white."""
-        x = self.decoder(self.from_latent(quantized), cache)            # (B, T, N, D)
-        return unpatchify(self.to_pixels(x), self.patch).float()
+    def decode(self, quantized, past=None):
+        """quantized (B, T, N, L) -> logits (B, T, H, W) that each pixel is white, and the decoder's
+        memory for frames to come (see STTransformer)."""
+        x, kept = self.decoder(self.from_latent(quantized), past)       # (B, T, N, D)
+        return unpatchify(self.to_pixels(x), self.patch).float(), kept
 
     def forward(self, frames):
         """frames (B, T, H, W) -> logits (B, T, H, W), tokens (B, T, N), commitment loss."""
         quantized, tokens, commitment = self.encode(frames)
-        return self.decode(quantized), tokens, commitment
+        return self.decode(quantized)[0], tokens, commitment
 
 
 # --------------------------------------------------------------------------------------------------
-# 6  Latent action model (LAM)
+# 7  Latent action model (LAM)
 #
 # Problem: the video shows what happened and not which button was pressed. So let an encoder see
 # frame t and frame t+1 and pass a single code out of 8 to a decoder that sees frames up to t only
@@ -687,8 +632,13 @@ class VideoTokenizer(nn.Module):
 # picks the code.
 #
 # But nothing makes a code mean the same everywhere: "code 3" may be a step left in one room and up
-# in another, and reconstruct just as well. The switches lam_input, lam_roll, lam_time and
-# lam_pool hide from the encoder whatever is not motion, so that a consistent code is the cheapest.
+# in another, and reconstruct just as well. Genie does not say how it got consistent codes. Here,
+# taken as the text has it (lam_view "frames"), all steps end in one or two codes. What does it is
+# to hide from the encoder whatever is not motion, so that a consistent code is the cheapest:
+#   - it sees the change between two frames, not the frames: no scenery;
+#   - only changed patches count in the mean over patches: 60 of 64 that stand still drown the rest;
+#   - in training it sees each clip rolled by random patches, and the decoder does not: no place;
+#   - its codebook starts late, when the latents already name actions: k-means then finds them.
 
 
 class LatentActionModel(nn.Module):
@@ -696,15 +646,13 @@ class LatentActionModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.patch, self.input, self.pool = c.lam_patch, c.lam_input, c.lam_pool
-        side = SIZE // c.lam_patch
-        shape = (c.lam_dim, c.lam_heads, c.lam_layers, side, c.lam_time, c.neighbour_start)
+        self.patch, self.view = c.lam_patch, c.lam_view
+        shape = (c.lam_dim, c.heads, c.lam_layers, SIZE // c.lam_patch)
         self.embed = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.lam_dim, c.latent_dim)
-        self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim, c.codebook_decay,
-                                         c.dead_after, c.commitment,
-                                         min(c.lam_unquantized, c.lam_end * 2 // 3))
+        self.quantizer = VectorQuantizer(c.num_actions, c.latent_dim,
+                                         unquantized=round(c.lam_unquantized * c.lam_end))
         self.embed_past = nn.Linear(c.lam_patch ** 2, c.lam_dim)
         self.from_latent = nn.Linear(c.latent_dim, c.lam_dim)
         self.decoder = STTransformer(*shape)
@@ -714,27 +662,24 @@ class LatentActionModel(nn.Module):
         """frames (B, T, H, W) -> quantized actions (B, T-1, L), indices (B, T-1), commitment.
 
         Action t says what led from frame t to t+1, and has seen no frame later than t+1. Given
-        shifts (B, 2), the encoder sees each clip rolled by its own (dy, dx): see lam_roll.
+        shifts (B, 2), the encoder sees each clip rolled by its own (dy, dx), in pixels.
         """
         x = pixels(frames)
         if shifts is not None:
-            x = torch.stack([x[b].roll(shifts[b].tolist(), (1, 2)) for b in range(len(x))])
+            x = torch.stack([clip.roll(shift.tolist(), (1, 2)) for clip, shift in zip(x, shifts)])
+        if self.view == "frames":                                       # as in the paper
+            x, _ = self.encoder(self.embed(patchify(x, self.patch)))    # (B, T, N, D)
+            return self.quantizer(self.to_latent(x[:, 1:].mean(dim=2)))     # at t+1 it has seen t+1
         change = patchify((x[:, 1:] - x[:, :-1]) / 2, self.patch)       # (B, T-1, N, P): -1, 0, 1
-        if self.input == "diff":
-            x = self.encoder(self.embed(change))                        # (B, T-1, N, D)
-        else:
-            x = self.encoder(self.embed(patchify(x, self.patch)))[:, 1:]  # at t+1 it has seen t+1
-        if self.pool == "changed":
-            moved = change.ne(0).any(dim=-1, keepdim=True)              # (B, T-1, N, 1)
-            x = (x * moved).sum(dim=2) / moved.sum(dim=2).clamp_min(1)  # (B, T-1, D)
-        else:
-            x = x.mean(dim=2)                                           # (B, T-1, D)
+        moved = change.ne(0).any(dim=-1, keepdim=True)                  # (B, T-1, N, 1)
+        x, _ = self.encoder(self.embed(change))                         # (B, T-1, N, D)
+        x = (x * moved).sum(dim=2) / moved.sum(dim=2).clamp_min(1)      # (B, T-1, D)
         return self.quantizer(self.to_latent(x))
 
     def decode(self, frames, actions):
         """frames x_1..x_t (B, T-1, H, W), actions (B, T-1, L) -> logits of x_2..x_{t+1}."""
         x = self.embed_past(patchify(pixels(frames), self.patch))       # (B, T-1, N, D)
-        x = self.decoder(x + self.from_latent(actions)[:, :, None])     # the action, to every patch
+        x, _ = self.decoder(x + self.from_latent(actions)[:, :, None])  # the action, to every patch
         return unpatchify(self.to_pixels(x), self.patch).float()
 
     def forward(self, frames, shifts=None):
@@ -744,7 +689,7 @@ class LatentActionModel(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7  Dynamics model (MaskGIT)
+# 8  Dynamics model (MaskGIT)
 #
 # Problem: given the past and an action, draw the next frame's 256 tokens. One at a time is 256
 # passes; all at once ignores that tokens depend on each other (half of the hero here, half of it
@@ -753,13 +698,13 @@ class LatentActionModel(nn.Module):
 # Training is a fill-in-the-blanks exercise: mask tokens at random, predict the masked ones.
 
 
-SURE = 0.99                     # mask_schedule adaptive: a guess of this probability need not
-                                # wait; at 0.9 the hero was lost in 7 % of the frames, not 0.5 %
+CONFIDENT = 0.99                # mask_schedule adaptive: a guess of this probability need not wait;
+                                # at 0.9 the hero was lost in 7 % of the frames, not 0.5 %
 
 
 def gumbel(shape, generator):
     """Gumbel(0, 1) noise: argmax(logits + noise) is a sample from softmax(logits)."""
-    return -(-torch.rand(shape, generator=generator).log()).log()
+    return -(-torch.rand(shape, generator=generator).clamp_min(1e-9).log()).log()
 
 
 class DynamicsModel(nn.Module):
@@ -776,27 +721,27 @@ class DynamicsModel(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("unorder", order.argsort(), persistent=False)
         # One row for each code and one for "masked", for each place within a position.
-        self.embed = nn.EmbeddingBag(self.fold * (c.tok_codes + 1), c.dyn_dim, mode="sum")
+        self.embed = nn.Embedding(self.fold * (c.tok_codes + 1), c.dyn_dim)
         nn.init.normal_(self.embed.weight, std=0.5)
         offsets = torch.arange(self.fold) * (c.tok_codes + 1)
         self.register_buffer("offsets", offsets, persistent=False)
         self.action = nn.Linear(c.latent_dim, c.dyn_dim, bias=False)    # no action (zeros) adds 0
-        self.transformer = STTransformer(c.dyn_dim, c.dyn_heads, c.dyn_layers, side // c.dyn_fold,
-                                         True, c.neighbour_start)
+        self.transformer = STTransformer(c.dyn_dim, c.heads, c.dyn_layers, side // c.dyn_fold)
         self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
 
-    def forward(self, tokens, masked, actions, cache=None, commit=True):
-        """tokens, masked (B, T, N), actions (B, T, L) -> logits (B, T, N, K).
+    def forward(self, tokens, masked, actions, past=None):
+        """tokens, masked (B, T, N), actions (B, T, L) -> logits (B, T, N, K), and the transformer's
+        memory for frames to come.
 
         actions[:, t] is the action that led *to* frame t (zeros where there was none), added to
         every position of frame t. Tokens under `masked` are not looked at.
         """
         B, T, N = tokens.shape
         x = tokens.masked_fill(masked, self.codes)[:, :, self.order]    # (B, T, N)
-        x = self.embed(x.view(-1, self.fold) + self.offsets)            # (B*T*N/fold, D)
-        x = x.view(B, T, N // self.fold, -1) + self.action(actions)[:, :, None]
-        x = self.to_logits(self.transformer(x, cache, commit))          # (B, T, N/fold, fold*K)
-        return x.view(B, T, N, self.codes)[:, :, self.unorder].float()
+        x = self.embed(x.view(B, T, -1, self.fold) + self.offsets).sum(-2)      # (B, T, N/fold, D)
+        x, kept = self.transformer(x + self.action(actions)[:, :, None], past)
+        x = self.to_logits(x).view(B, T, N, self.codes)                 # in the order of `order`
+        return x[:, :, self.unorder].float(), kept
 
     def random_mask(self, B, T, generator):
         """A training mask (B, T, N): a rate in [mask_min, 1] a sequence, a coin flip a token.
@@ -816,14 +761,14 @@ class DynamicsModel(nn.Module):
         divided by the expected number of masked tokens, not the number drawn, so that the losses
         of micro-batches average to that of the whole batch.
         """
-        logits = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))     # nothing led to frame 0
+        logits, _ = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))  # nothing led to frame 0
         loss = F.cross_entropy(logits[masked], tokens[masked], reduction="sum")
         rate = (1 + self.mask_min) / 2 * (1 - self.clean_frames)
         return loss / (rate * tokens[:, 1:].numel())
 
     @torch.no_grad()
-    def sample(self, cache, action, c, generator):
-        """Draw the frame that follows the cache. action (B, L) -> tokens (B, N); cache unchanged.
+    def sample(self, past, action, c, generator):
+        """Draw the frame that follows a past (see forward). action (B, L) -> tokens (B, N).
 
         Each pass samples every masked token and commits some for good, as `chosen` says.
         """
@@ -831,38 +776,38 @@ class DynamicsModel(nn.Module):
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
         masked = torch.ones_like(tokens, dtype=torch.bool)
         for step in range(c.maskgit_steps):
-            logits = self(tokens, masked, action[:, None], cache, commit=False)  # (B, 1, N, K)
+            logits, _ = self(tokens, masked, action[:, None], past)     # (B, 1, N, K)
             noise = gumbel(logits.shape, generator).to(logits.device)
             guess = (logits + c.temperature * noise).argmax(dim=-1)     # (B, 1, N)
-            surety = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
-            commit = self.chosen(surety, masked, (step + 1) / c.maskgit_steps, c, generator)
+            confidence = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
+            commit = self.chosen(confidence, masked, (step + 1) / c.maskgit_steps, c, generator)
             tokens = torch.where(commit, guess, tokens)
             masked = masked & ~commit
             if not masked.any():                                        # all are committed
                 break
         return tokens[:, 0]
 
-    def chosen(self, surety, masked, progress, c, generator):
-        """Which tokens a pass commits, (B, 1, N). surety (B, 1, N): log-probability of each guess.
+    def chosen(self, confidence, masked, progress, c, generator):
+        """Which tokens a pass commits, (B, 1, N). confidence (B, 1, N): its log-probability.
 
         cosine: the surest; how many stay masked falls along a cosine, slowly at first (MaskGIT,
-        section 3.2). adaptive: all that are surer than SURE, and of the doubtful ones a single one,
-        for the others to go by. Either way the last pass commits what is left.
+        section 3.2). adaptive: all that are surer than CONFIDENT, and of the doubtful ones a single
+        one, for the others to go by. Either way the last pass commits what is left.
         """
-        noise = gumbel(surety.shape, generator).to(surety.device)
-        order = surety + c.order_noise * (1 - progress) * noise
+        noise = gumbel(confidence.shape, generator).to(confidence.device)
+        order = confidence + c.order_noise * (1 - progress) * noise
         if c.mask_schedule == "adaptive" and progress < 1:
-            sure = surety > math.log(SURE)
-            one = order.masked_fill(sure | ~masked, -torch.inf).argmax(-1, keepdim=True)
-            return sure.scatter(-1, one, True) & masked
-        N = surety.shape[-1]
+            confident = confidence > math.log(CONFIDENT)
+            one = order.masked_fill(confident | ~masked, -torch.inf).argmax(-1, keepdim=True)
+            return confident.scatter(-1, one, True) & masked
+        N = confidence.shape[-1]
         stay = math.floor(N * math.cos(math.pi / 2 * progress))
         first = order.masked_fill(~masked, torch.inf).topk(N - stay).indices  # with those of before
         return torch.zeros_like(masked).scatter(-1, first, True) & masked
 
 
 # --------------------------------------------------------------------------------------------------
-# 8  Genie: the three joined, and played
+# 9  Genie: the three joined, and played
 #
 # Problem: to play, the parts must meet in the right order: tokenize the first frame once; then, for
 # each press of a button, look the action up in the LAM's codebook, sample the next frame's tokens,
@@ -874,15 +819,18 @@ class PlayState:
     """What play remembers of the last frames: tokens, actions, and what was computed from them."""
     tokens: torch.Tensor        # (B, T, N)
     actions: torch.Tensor       # (B, T, L); the first is 0: what led there is forgotten
-    dynamics: Cache             # of the dynamics model
-    decoder: Cache              # of the tokenizer's decoder
+    dynamics: list              # the memory of the dynamics model: (k, v) of each block
+    decoder: list               # and of the tokenizer's decoder
 
     def copies(self, n):
-        """n players who share the past of the only one (B = 1): a view, nothing is copied."""
-        def share(x):
-            return x.expand(n, *x.shape[1:])
-        return PlayState(share(self.tokens), share(self.actions), self.dynamics.map(share),
-                         self.decoder.map(share))
+        """n players who share the past of the only one (B = 1)."""
+        def times_n(x):
+            return x.repeat(n, *[1] * (x.dim() - 1))
+
+        def all_times_n(kept):
+            return [kv and (times_n(kv[0]), times_n(kv[1])) for kv in kept]
+        return PlayState(times_n(self.tokens), times_n(self.actions), all_times_n(self.dynamics),
+                         all_times_n(self.decoder))
 
 
 class Genie(nn.Module):
@@ -901,29 +849,46 @@ class Genie(nn.Module):
     def device(self):
         return self.tokenizer.quantizer.codebook.device
 
+    def watch(self, frames):
+        """What the LAM makes of real clips (B, T, H, W): logits of frames 2..T, latents (B, T-1, L)
+        and codes (B, T-1) of the steps between.
+
+        It was trained on clips of dyn_frames. So of longer ones it sees the first so many frames,
+        and then every step with only so many frames before it.
+        """
+        n, (B, T) = self.config.dyn_frames, frames.shape[:2]
+        seen = self.lam(frames[:, :n])[:3]
+        if T <= n:
+            return seen
+        clips = frames.unfold(1, n, 1)[:, 1:].permute(0, 1, 4, 2, 3)    # (B, T-n, n, H, W)
+        newest = [x[:, -1].unflatten(0, (B, T - n)) for x in self.lam(clips.flatten(0, 1))[:3]]
+        return [torch.cat(pair, dim=1) for pair in zip(seen, newest)]
+
     @torch.no_grad()
     def start(self, frames):
-        """Begin at real frames (B, 64, 64) of 0/1, or at one (64, 64). Returns a PlayState."""
-        frames = torch.as_tensor(frames, device=self.device).view(-1, 1, SIZE, SIZE)
-        tokens = self.tokenizer.encode(frames)[1]                       # (B, 1, N)
-        nothing = torch.zeros(len(frames), 1, self.config.latent_dim, device=self.device)
-        return self.remember(tokens, nothing)[1]                        # no action led to frame 1
+        """Begin at real frames (B, 64, 64) of 0/1, at one (64, 64), or after clips (B, T, 64, 64),
+        whose actions the LAM infers. Returns a PlayState."""
+        frames = torch.as_tensor(frames, device=self.device)
+        frames = frames if frames.dim() == 4 else frames.view(-1, 1, SIZE, SIZE)
+        frames = frames[:, 1 - self.config.dyn_frames:]                 # what it may remember
+        actions = torch.zeros(len(frames), 1, self.config.latent_dim, device=self.device)
+        if frames.shape[1] > 1:                                         # none led to frame 1
+            actions = torch.cat([actions, self.lam.encode(frames)[0]], dim=1)   # (B, T, L)
+        return self.remember(self.tokenizer.encode(frames)[1], actions)[1]
 
     @torch.no_grad()
-    def remember(self, tokens, actions, dynamics=None, decoder=None):
-        """Run finished frames through both caches. tokens (B, T, N), actions (B, T, L).
-
-        Returns the last one's pixels (B, H, W), and the state to go on from.
+    def remember(self, tokens, actions, state=None):
+        """Take finished frames into memory, after those of `state`. tokens (B, T, N), actions
+        (B, T, L). Returns the last one's pixels (B, H, W), and the state to go on from.
         """
-        state = PlayState(tokens, actions, Cache(self.config.dyn_layers),
-                          Cache(self.config.tok_layers))
-        if dynamics is not None:                        # all but the last frame is known to them
-            state.dynamics.past, state.decoder.past = list(dynamics.past), list(decoder.past)
-            tokens, actions = tokens[:, -1:], actions[:, -1:]
         visible = torch.zeros_like(tokens, dtype=torch.bool)
-        self.dynamics(tokens, visible, actions, state.dynamics)
-        logits = self.tokenizer.decode(self.tokenizer.quantizer.codebook[tokens], state.decoder)
-        return (logits[:, -1] > 0).byte(), state
+        _, dynamics = self.dynamics(tokens, visible, actions, state and state.dynamics)
+        quantized = self.tokenizer.quantizer.codebook[tokens]           # (B, T, N, L)
+        logits, decoder = self.tokenizer.decode(quantized, state and state.decoder)
+        if state is not None:
+            tokens = torch.cat([state.tokens, tokens], dim=1)
+            actions = torch.cat([state.actions, actions], dim=1)
+        return (logits[:, -1] > 0).byte(), PlayState(tokens, actions, dynamics, decoder)
 
     def observe(self, state, tokens, action):
         """The state after one more finished frame. tokens (B, N), action (B, L) that led to it.
@@ -933,13 +898,13 @@ class Genie(nn.Module):
         when that many are remembered the state begins anew from the newer half, the first of
         which, as in training, no action led to.
         """
-        tokens = torch.cat([state.tokens, tokens[:, None]], dim=1)      # (B, T, N)
-        actions = torch.cat([state.actions, action[:, None]], dim=1)    # (B, T, L)
-        if tokens.shape[1] < self.config.dyn_frames:
-            return self.remember(tokens, actions, state.dynamics, state.decoder)
+        tokens, actions = tokens[:, None], action[:, None]              # (B, 1, N), (B, 1, L)
+        if state.tokens.shape[1] + 1 < self.config.dyn_frames:
+            return self.remember(tokens, actions, state)
         keep = self.config.dyn_frames // 2
-        actions = F.pad(actions[:, -keep:][:, 1:], (0, 0, 1, 0))        # zeros for the first
-        return self.remember(tokens[:, -keep:], actions)
+        tokens = torch.cat([state.tokens, tokens], dim=1)[:, -keep:]
+        actions = torch.cat([state.actions, actions], dim=1)[:, -keep:]
+        return self.remember(tokens, F.pad(actions[:, 1:], (0, 0, 1, 0)))   # zeros for the first
 
     @torch.no_grad()
     def step(self, state, action, generator=None):
@@ -951,7 +916,7 @@ class Genie(nn.Module):
         action = torch.as_tensor(action, device=self.device).expand(len(state.tokens))
         latent = self.lam.quantizer.codebook[action]                    # (B, L)
         generator = generator or self.generator
-        with autocast(self.config.precision, self.device):              # section 12
+        with autocast(self.config.precision, self.device):
             tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
             return self.observe(state, tokens, latent)
 
@@ -964,14 +929,14 @@ class Genie(nn.Module):
         """
         once = dataclasses.replace(self.config, maskgit_steps=1)
         latent = self.lam.quantizer.codebook[actions]                   # (B, L)
-        past = state.decoder.map(lambda kv: kv)                         # a copy: decode adds to it
         with autocast(self.config.precision, self.device):
             tokens = self.dynamics.sample(state.dynamics, latent, once, generator)
             quantized = self.tokenizer.quantizer.codebook[tokens[:, None]]  # (B, 1, N, L)
-            return (self.tokenizer.decode(quantized, past)[:, 0] > 0).byte()
+            logits, _ = self.tokenizer.decode(quantized, state.decoder)
+            return (logits[:, 0] > 0).byte()
 
     def rollout(self, first, actions, generator):
-        """Play actions (B, T) from frames (B, 64, 64): the T generated frames (B, T, 64, 64)."""
+        """Play actions (B, T) from a start (see there): the T generated frames (B, T, 64, 64)."""
         state, frames = self.start(first), []
         for t in range(actions.shape[1]):
             frame, state = self.step(state, actions[:, t], generator)
@@ -981,7 +946,7 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint, _ = newest_checkpoint(path)                         # section 14
+        checkpoint, _ = newest_checkpoint(path)                         # section 13
         genie = Genie(checkpoint["config"])
         genie.load_state_dict(checkpoint["model"])
         genie.trained_on = checkpoint["data"]
@@ -989,7 +954,7 @@ class Genie(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9  Training, stages 1 and 2
+# 10  Training, stages 1 and 2
 #
 # Problem: three models, two of which need the third to be finished. So stage 1 trains the tokenizer
 # alone. Stage 2 freezes it, and trains LAM and dynamics side by side: the LAM on pixels by its own
@@ -1000,6 +965,7 @@ class Genie(nn.Module):
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
 
 STAGES = ("tokenizer", "world")
+MEMORY_BUDGET = 8 * 2 ** 30     # bytes for micro_batch auto without CUDA: half of a 16 GB laptop
 
 
 def learning_rate(step, total, c):
@@ -1016,26 +982,33 @@ def tokenizer_losses(genie, frames):
     return pixel + commitment, {"pixel_loss": pixel, "commitment": commitment}, tokens
 
 
-def world_noise(genie, frames, tokens, generator):
+def quiet_level(data):
+    """The number of changed pixels that 9 in 10 steps of a split exceed: where little happens."""
+    frames = data.frames(spread(data, 256))
+    changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (S, T-1)
+    return changed.quantile(0.1).item()
+
+
+def world_noise(genie, frames, tokens, quiet, generator):
     """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
-    Shifts go by whole patches of the tokenizer, since the demo world moves on that grid: rolled by
-    any number of pixels, the LAM's patches look 64 ways instead of 4, and it learns 3 times slower.
-    A swap is a code to put in an action's place, or -1. Only quiet steps get one, those in which
-    fewer pixels change than in the median step: a press that is blocked is among them, so the model
-    learns that any button may do nothing at a wall. (Swapped anywhere, it would learn that any
-    button may do anything.) The code is drawn as often as the LAM uses it: drawn evenly, a code
-    in little use would be seen in quiet steps above all, and come to mean "nothing happens".
+    Shifts go by whole patches of the tokenizer: rolled by any number of pixels, the LAM's patches
+    look 64 ways instead of 4, and when its codebook starts it cannot name the actions yet.
+    A swap is a code to put in an action's place, or -1. Only quiet steps get one, in which at most
+    `quiet` pixels change: a press that is blocked is among them, so the model learns that any
+    button may do nothing at a wall. (Swapped anywhere, it would learn that any button may do
+    anything.) The code is drawn as often as the LAM uses it: drawn evenly, a code in little use
+    would be seen in quiet steps above all, and come to mean "nothing happens".
     """
     c, (B, T, _) = genie.config, tokens.shape
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
-    shifts = c.tok_patch * patches * c.lam_roll                         # in pixels
-    changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)).float()   # (B, T-1)
+    shifts = c.tok_patch * patches * (c.lam_view == "change")           # in pixels
+    changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1))           # (B, T-1)
     swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
     codes = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
-    swaps = codes.view(B, T - 1).masked_fill(~swap | (changed >= changed.median()), -1)
+    swaps = codes.view(B, T - 1).masked_fill(~swap | (changed > quiet), -1)
     return shifts, swaps, genie.dynamics.random_mask(B, T, generator)
 
 
@@ -1059,13 +1032,76 @@ def code_use(indices, codes):
     return int((share > 0).sum()), float(entropy.exp())
 
 
+def saved_bytes(work):
+    """Bytes that autograd keeps between work() and its backward pass: what a larger batch costs."""
+    kept = {}                                            # by address: many tensors are views
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        work()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
+# ("ranks"). Each takes its slice of the batch; summed over the ranks, gradients and codebook
+# statistics are those of the whole batch, so that all ranks take the same step, and it is the step
+# that one process would have taken. Without torchrun none of this does anything.
+
+RANK, RANKS = 0, 1              # which process this is, and of how many
+
+
+def join_ranks():
+    """Meet the other ranks, if torchrun started us. From then on rank 0 alone speaks."""
+    global RANK, RANKS
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
+    atexit.register(dist.destroy_process_group)
+    RANK, RANKS = dist.get_rank(), dist.get_world_size()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def sum_over_ranks(tensors):
+    """Put into each tensor its sum over all ranks, in a single message."""
+    if RANKS > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def gather_over_ranks(t):
+    """t (M, ...) of every rank, joined in their order, which is that of the batch."""
+    if RANKS == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(RANKS)]
+    dist.all_gather(parts, t)
+    return torch.cat(parts)
+
+
+def of_rank_0(t):
+    """The t of rank 0, so that all ranks go on from the very same numbers."""
+    if RANKS > 1:
+        dist.broadcast(t, 0)
+    return t
+
+
 class Trainer:
     """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
     EXPLODED = 1000.0                                    # no loss is that large and still learning
     COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
                "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
-               "val_codes_used", "val_perplexity", "val_dynamics_loss")
+               "val_codes_used", "val_perplexity", "val_accuracy", "val_dynamics_loss",
+               "val_action_ratio")
 
     def __init__(self, config, data, out):
         if config.batch % RANKS:
@@ -1074,6 +1110,7 @@ class Trainer:
         self.c, self.data, self.out = config, str(data), Path(out)
         self.device = pick_device(config.device)
         self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
+        self.quiet = quiet_level(self.train_set)
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
@@ -1088,7 +1125,8 @@ class Trainer:
         self.totals = ([self.c.tok_steps], [self.c.lam_end, self.c.dyn_steps], [0])[stage]
         self.total = self.totals[-1]                     # steps; the LAM may take fewer
         groups = [{"params": list(model.parameters())} for model in self.models]
-        self.optimizer = groups and make_optimizer(groups, self.c)
+        self.optimizer = groups and torch.optim.AdamW(
+            groups, fused=True, betas=(0.9, self.c.beta2), weight_decay=1e-4)
         self.losses = (tokenizer_losses, world_losses, None)[stage]
         count, tokens = len(self.train_set), genie.dynamics.tokens_per_frame
         self.tokens = torch.zeros(count, CLIP, tokens, dtype=torch.uint8)   # see tokens_of
@@ -1163,7 +1201,7 @@ class Trainer:
         inputs = [self.train_set.frames(self.picks, first, length)]
         if self.stage == 1:
             tokens = self.tokens_of(self.picks)[:, first:first + length].long()     # (B, T, N)
-            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, generator)]
+            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, self.quiet, generator)]
         mine = slice(RANK * share, (RANK + 1) * share)
         return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
 
@@ -1205,7 +1243,7 @@ class Trainer:
         sum_over_ranks([p.grad for m in learning for p in m.parameters()]
                        + list(numbers.values()))
         numbers = {name: value.item() for name, value in numbers.items()}
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), c.grad_clip).item() for m in learning]
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), 1.0).item() for m in learning]
         self.check_health(sum(numbers.values()), sum(norms))
         for group, total in zip(self.optimizer.param_groups, self.totals):
             group["lr"] = lr = learning_rate(self.step, total, c)
@@ -1215,7 +1253,8 @@ class Trainer:
             codes = gather_over_ranks(torch.cat(codes))
             numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         if quantizer.training:
-            quantizer.update(generator, self.latents)
+            quantizer.seen = [[gather_over_ranks(torch.cat(x)) for x in zip(*quantizer.seen)]]
+            quantizer.update(generator, lambda: of_rank_0(self.latents()))
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
     def check_health(self, loss, norm):
@@ -1234,41 +1273,48 @@ class Trainer:
     def latents(self):
         """Encoder outputs (M, L) of sequences from all over the training set: a sample for the
         codebook to start on. 256 of them hold 3,840 actions, a batch of pairs only 32."""
-        encode = self.models[0].eval().encode
-        some = spread(self.train_set, 256)
-        z, = over_batches(self.genie, self.train_set, some, lambda x, _: (encode(x)[0],))
-        z = z.flatten(0, -2).to(self.device)
-        if RANKS > 1:
-            dist.broadcast(z, 0)                         # all start on the very same vectors
-        return z
+        genie, some = self.genie.eval(), spread(self.train_set, 256)
+        work = (lambda x, _: (genie.tokenizer.encode(x)[0],), lambda x, _: (genie.watch(x)[1],))
+        z, = over_batches(genie, self.train_set, some, work[self.stage])
+        return z.flatten(0, -2).to(self.device)
 
     @torch.no_grad()
     def validate(self):
-        """Measure on the val split, draw a picture, and complain loudly about a collapse."""
+        """Measure on the val split, draw a picture, and complain loudly about a collapse.
+
+        A codebook that has not started yet is judged as if it did now, so that trouble shows early.
+        """
+        from extras.window import draw_reconstruction, draw_rollout
         genie, some = self.genie.eval(), spread(self.val_set, self.c.val_sequences)
+        quantizer, generator = self.models[0].quantizer, seeded(self.c.seed)
+        before = copy.deepcopy(quantizer.state_dict())
+        if not quantizer.started:
+            quantizer.start(quantizer.sample(self.latents(), generator), generator)
         if self.stage == 0:
             result = evaluate_tokenizer(genie, self.val_set, some)
             draw_reconstruction(genie, self.val_set, some, self.out / "reconstruction.png")
         else:
             result = evaluate_lam(genie, self.val_set, some)
-            result["dynamics_loss"] = self.validation_loss(some)
+            result["dynamics_loss"], shuffled = self.validation_loss(some)
+            result["action_ratio"] = shuffled / result["dynamics_loss"]
             draw_rollout(genie, self.val_set, some, self.out / "rollout.png")
-        if self.models[0].quantizer.started:
-            for trouble in troubles(result, self.stage):
-                print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
-        else:                                                           # no codes yet to count
-            result = {k: v for k, v in result.items() if k not in ("codes_used", "perplexity")}
-        result = {"val_" + name: value for name, value in result.items()}
+        quantizer.load_state_dict(before)
+        for trouble in troubles(result, self.stage):
+            print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
+        result = {"val_" + name: value for name, value in result.items() if value is not None}
         return {name: result[name] for name in self.COLUMNS if name in result}
 
     def validation_loss(self, some):
-        """The dynamics model's loss on the val split, with the same masks every time."""
+        """The dynamics model's loss on the val split, with the same masks every time: with each
+        clip's own actions, and with those of another clip. If it costs the same, the dynamics
+        ignores its buttons."""
         def work(x, i):
             x = x[:, :self.c.dyn_frames]
             masked = self.genie.dynamics.random_mask(*x.shape[:2], seeded(i)).to(self.device)
             tokens, actions = self.genie.tokenizer.encode(x)[1], self.genie.lam.encode(x)[0]
-            return (self.genie.dynamics.loss(tokens, actions, masked)[None],)
-        return over_batches(self.genie, self.val_set, some, work)[0].mean().item()
+            return [self.genie.dynamics.loss(tokens, a, masked)[None]
+                    for a in (actions, actions.roll(1, 0))]
+        return [loss.mean().item() for loss in over_batches(self.genie, self.val_set, some, work)]
 
     def log(self, row, seconds_per_step):
         """One line on the screen; metrics.csv and the curves written anew."""
@@ -1282,7 +1328,7 @@ class Trainer:
             ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
         with data_prep.written_whole(self.out / "metrics.csv") as file:
             file.write("\n".join(lines + [""]).encode())
-        data_prep.draw_curves(self.rows, self.out / "losses.png")
+        draw_curves(self.rows, self.out / "losses.png")
 
     def save(self):
         """Write checkpoint.pt: all that a resumed run or play needs. Raises UserError on NaN."""
@@ -1322,8 +1368,8 @@ def troubles(result, stage):
                " encoder longer before the codebook starts: --tok_unquantized 300")
     if stage == 1 and result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
-               " steps get one code. Early on this is normal; if it lasts, try --lam_input diff"
-               " --lam_pool changed, and half of the LAM's steps for --lam_unquantized")
+               " steps get one code. Early on this is normal; if it lasts, let the LAM learn longer"
+               " before its codebook starts (--lam_steps, --lam_unquantized), or lower --lr")
     if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
                f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
@@ -1331,7 +1377,7 @@ def troubles(result, stage):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10  Evaluation
+# 11  Evaluation
 #
 # Problem: a falling loss proves little. A tokenizer may ignore most codes; a LAM may copy the last
 # frame; a dynamics model may ignore its actions. So each is measured against what it must beat:
@@ -1339,11 +1385,6 @@ def troubles(result, stage):
 # itself with other actions. delta_psnr (Genie, section 3: "Delta_t PSNR") is how much closer to the
 # video it gets with the inferred actions than with random ones; the null, which repeats the
 # inferred actions with another seed, tells how much of that could be luck.
-
-
-def spread(data, count):
-    """At most `count` indices of sequences, evenly spread over a split."""
-    return np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
 
 
 def over_batches(genie, data, indices, work, size=32):
@@ -1403,7 +1444,7 @@ def compare_actions(latent, true):
 def evaluate_lam(genie, data, indices):
     """The LAM against copying the last frame, and its codes against the true actions if known."""
     def work(x, _):
-        logits, _, latent, _ = genie.lam(x)
+        logits, _, latent = genie.watch(x)
         return wrong(logits > 0, x[:, 1:]), wrong(x[:, :-1], x[:, 1:]), latent
 
     missed, copied, latent = over_batches(genie, data, indices, work)   # each (S, 15)
@@ -1424,7 +1465,7 @@ def psnr(wrong_pixels):
 @torch.no_grad()
 def one_step(genie, frames, actions, generator):
     """Predict each next frame from the real past. (B, T, H, W), (B, T-1) -> (B, T-1, H, W)."""
-    tokens, real = genie.tokenizer.encode(frames)[1], genie.lam.encode(frames)[0]
+    tokens, real = genie.tokenizer.encode(frames)[1], genie.watch(frames)[1]
     state, made = genie.start(frames[:, 0]), []
     for t in range(actions.shape[1]):
         made.append(genie.step(state, actions[:, t], generator)[0])     # the new state is dropped:
@@ -1434,15 +1475,14 @@ def one_step(genie, frames, actions, generator):
 
 @torch.no_grad()
 def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
-    """Does the demo world hold together in a long dream of random buttons, each held for a while?
+    """Does a rendered world hold together? In a dream of random buttons, each held for a while:
 
     one_hero: share of frames with exactly one hero; walls_kept: of the first frame's wall pixels.
-    None for other videos, of which nobody knows what must be there.
+    ball_on_course: share of dreams whose ball, after 4 real frames and 8 generated ones, is within
+    2 pixels of the game's own. Its way can only be known by memory. None where there is no such
+    thing, as in other videos, of which nobody knows what must be there.
     """
-    if data.actions is None:
-        return {"one_hero": None, "walls_kept": None}
-
-    def work(x, i):
+    def dream(x, i):
         plan = torch.randint(genie.config.num_actions, (len(x), steps // hold),
                              generator=seeded(seed, i)).repeat_interleave(hold, dim=1)
         made = genie.rollout(x[:, 0], plan, seeded(seed, i, 1)).cpu()   # (B, steps, H, W)
@@ -1450,32 +1490,21 @@ def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
         walls = torch.from_numpy(data_prep.demo_walls(x[:, :1].cpu().numpy()))
         return (heroes == 1).float(), (made & walls).sum((-2, -1)) / walls.sum((-2, -1))
 
-    one, kept = over_batches(genie, data, indices, work)                # each (S, steps)
-    return {"one_hero": one.mean().item(), "walls_kept": kept.mean().item()}
+    def flight(x, i):
+        actions = genie.watch(x)[2][:, 3:11]                            # from frame 4 to frame 12
+        made = genie.rollout(x[:, :4], actions, seeded(seed, i, 2))[:, -1].cpu().numpy()
+        place, seen = data_prep.find_balls(x[:, 11].cpu().numpy())
+        return (torch.from_numpy(data_prep.is_ball_near(made, place)[seen]).float(),)
 
-
-@torch.no_grad()
-def button_motion(genie, frames, seed=0):
-    """What each button moves, on average over real frames (B, H, W).
-
-    Returns which way, (num_actions, 2), and how many pixels change, (num_actions,). (dy, dx)
-    leads from the centre of the pixels that went out to the centre of those that lit up. So the
-    direction counts, less the length: a thing that moves a little lights up its edge alone. What
-    moves by itself does so under every button, either way, and averages out.
-    """
-    grid = torch.stack(torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"), -1)
-
-    def centre(pixels):
-        weight = pixels.float()[..., None]                              # (B, H, W, 1)
-        return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
-
-    state, motions, changed = genie.start(frames), [], []
-    for action in range(genie.config.num_actions):
-        made = genie.step(state, action, seeded(seed, action))[0].cpu()
-        (new, lit), (old, out) = centre(made > frames), centre(frames > made)
-        motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
-        changed.append(wrong(made, frames).mean())
-    return torch.stack(motions), torch.stack(changed)
+    result = {"one_hero": None, "walls_kept": None, "ball_on_course": None}
+    if data.world in ("demo world", "ball world"):
+        one, kept = over_batches(genie, data, indices, dream)           # each (S, steps)
+        result["one_hero"] = one.mean().item()
+    if data.world == "demo world":
+        result["walls_kept"] = kept.mean().item()
+    if data.world == "ball world":
+        result["ball_on_course"] = over_batches(genie, data, indices, flight)[0].mean().item()
+    return result
 
 
 @torch.no_grad()
@@ -1485,12 +1514,12 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     Random actions are drawn in two ways: evenly from the codes in use (psnr_random; what dead codes
     do was never trained, and says nothing), and as often as they occur (delta_psnr_marginal).
     """
-    (chosen,) = over_batches(genie, data, indices, lambda x, _: (genie.lam.encode(x)[1],))
+    (chosen,) = over_batches(genie, data, indices, lambda x, _: (genie.watch(x)[2],))
     marginal = torch.bincount(chosen.flatten(), minlength=genie.config.num_actions).float()
 
     def work(x, i):
         """Wrong pixels of a batch: 4 rollouts (B, 15 or t), 2 one-step runs and copying (B, 15)."""
-        inferred = genie.lam.encode(x)[1]                               # (B, 15)
+        inferred = genie.watch(x)[2]                                    # (B, 15)
         draw = [torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
                 for weights in ((marginal > 0).float(), marginal)]
         uniform, usual = (picks.view_as(inferred).to(inferred.device) for picks in draw)
@@ -1529,50 +1558,17 @@ def print_table(result):
             print(f"  {part:10} {name:22} {text:>8}")
 
 
-def three_clips(genie, data, indices):
-    """Three sequences (3, 16, 64, 64) to draw, spread over `indices`."""
-    return data.frames(indices[:: max(1, len(indices) // 3)][:3]).to(genie.device)
-
-
-def draw_reconstruction(genie, data, indices, path):
-    """Three real clips and what the tokenizer makes of them."""
-    x = three_clips(genie, data, indices)
-    rows = torch.stack([x, (genie.tokenizer(x)[0] > 0).byte()], dim=1)  # real, decoded, real, ...
-    data_prep.save_sheet(rows.flatten(0, 1).cpu(), ["real", "decoded"] * len(x), path, scale=1)
-
-
-def draw_rollout(genie, data, indices, path):
-    """Three clips: real, then generated from frame 1 with the inferred and with other actions."""
-    x = three_clips(genie, data, indices)
-    inferred, rows = genie.lam.encode(x)[1], [x]
-    for actions in (inferred, inferred.flip(1)):
-        rows.append(torch.cat([x[:, :1], genie.rollout(x[:, 0], actions, seeded(0))], dim=1))
-    data_prep.save_sheet(torch.stack(rows, dim=1).flatten(0, 1).cpu(),
-                         ["real", "inferred", "reversed"] * len(x), path, scale=1)
+# --------------------------------------------------------------------------------------------------
+# 12  Play
+#
+# Problem: a world model is convincing when you press a button and see what happens. Begin at a real
+# frame or at any picture, and press buttons: in a window (extras/window.py, which is all matplotlib
+# and no model), or from a list into an animation.
 
 
 def held_buttons(genie, steps=CLIP - 1):
     """The plan (num_actions, steps) that holds down each button: the quickest look at a world."""
     return torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
-
-
-def draw_buttons(genie, frames, path):
-    """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
-    over all of frames (B, H, W)."""
-    motion, actions = button_motion(genie, frames)[0].tolist(), held_buttons(genie)
-    first = frames[:1].to(genie.device).expand(len(actions), SIZE, SIZE)
-    made = torch.cat([first[:, None], genie.rollout(first, actions, seeded(0))], dim=1).cpu()
-    rows = [[*clip.numpy(), data_prep.arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
-    labels = [f"{a}: {dy:+.1f} {dx:+.1f}" for a, (dy, dx) in enumerate(motion)]
-    data_prep.save_sheet(rows, labels, path, scale=1)
-
-
-# --------------------------------------------------------------------------------------------------
-# 11  Play
-#
-# Problem: a world model is convincing when you press a button and see what happens. Begin at a real
-# frame or at any picture, and press buttons: in a window, or from a list into an animation. (The
-# window is all matplotlib and no model, so it stands in data_prep.py, with the other pictures.)
 
 
 def parse_actions(text, num_actions):
@@ -1596,33 +1592,13 @@ def first_frames(args, genie, others=16):
     if args.image is not None:
         if args.start is not None:
             raise UserError("--image and --start both name a first frame: give one of them")
-        return torch.from_numpy(data_prep.image_to_frame(args.image))[None]
+        data = Path(args.data or genie.trained_on)                      # black and white as there
+        meta = data_prep.load_meta(data) if data.is_file() else None
+        return torch.from_numpy(data_prep.image_to_frame(args.image, meta))[None]
     data, start = Sequences(find_data(args.data or genie.trained_on), args.split), args.start or 0
     if not 0 <= start < len(data):
         raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
     return data.frames([start, *spread(data, others)])[:, 0]
-
-
-def arrow_keys(motion, changed):
-    """Which button each arrow key and the space bar press: {key: action}.
-
-    motion (num_actions, 2) and changed (num_actions,) are those of button_motion. An arrow takes
-    the button that moves things farthest its way, the space bar the one that changes least.
-    """
-    ways = {"up": (-1.0, 0.0), "down": (1.0, 0.0), "left": (0.0, -1.0), "right": (0.0, 1.0)}
-    keys = {key: int((motion @ torch.tensor(way)).argmax()) for key, way in ways.items()}
-    return {**keys, " ": int(changed.argmin())}
-
-
-def open_window(args, genie):
-    """Play in a window. Raises UserError where matplotlib can open none."""
-    plt, firsts = data_prep.screen(), first_frames(args, genie)
-    if args.compile:
-        compile_blocks(genie.device)                                    # section 12
-    arrows = arrow_keys(*button_motion(genie, firsts))
-    window = data_prep.Window(genie, firsts, arrows, seeded(args.seed))
-    print(window.HELP)
-    plt.show()                                           # until the window is closed
 
 
 def play(args):
@@ -1631,6 +1607,7 @@ def play(args):
         raise UserError(f"--seed is {args.seed}: it cannot be negative")
     genie = load_run(args)
     if args.actions is None and args.out is None:
+        from extras.window import open_window
         return open_window(args, genie)
     out = data_prep.check_output(args.out or "roll.gif", (".gif",), args.force)
     plan = held_buttons(genie)
@@ -1638,413 +1615,22 @@ def play(args):
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
     first = first_frames(args, genie)[:1].expand(len(plan), SIZE, SIZE)
     if args.compile:
-        compile_blocks(genie.device)                                    # section 12
+        from extras.bench import compile_blocks
+        compile_blocks(genie.device)
     genie.rollout(first, plan[:, :2], seeded(args.seed))                # to warm up
     began = time.monotonic()
-    made = genie.rollout(first, plan, seeded(args.seed))                # (plans, T, H, W)
+    made = genie.rollout(first, plan, seeded(args.seed)).cpu()          # (plans, T, H, W)
     speed = plan.numel() / (time.monotonic() - began)
     panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
     if len(plan) == 1:
-        data_prep.save_gif(panels[0], out)
+        save_gif(panels[0], out)
     else:
-        data_prep.save_gif(data_prep.beside(panels), out, scale=2)      # action 0 leftmost
+        save_gif(beside(panels), out, scale=2)      # action 0 leftmost
     print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
 
 
 # --------------------------------------------------------------------------------------------------
-# 12  Devices and processes
-#
-# Problem: the same step should run well on a laptop, on a GPU, and on many GPUs at once. Everything
-# that depends on the machine is chosen here: precision, attention kernel, memory, and who does what
-# when torchrun starts many processes. Nothing in this section changes what is learned.
-
-
-ATTENTION = "auto"              # or "fused", or "written out": bench compares them
-MEMORY_BUDGET = 8 * 2 ** 30     # bytes for micro_batch auto without CUDA: half of a 16 GB laptop
-
-
-def pick_device(name):
-    """The torch.device that Config.device asks for. Raises UserError if this machine has none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        name = next(n for n, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device cpu")
-    if name == "cuda":                                   # what stays float32 may use TF32 there
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
-
-
-@functools.cache
-def bfloat16_gain():
-    """How many times faster this CPU multiplies matrices in bfloat16 than in float32.
-
-    Tried, not read off the chip's features: of two CPUs with AVX512-BF16 one took the LAM's step at
-    half the speed of float32, the other all of stage 2 at 2.5 times. The best of eight, so that
-    other work on the machine does not matter; it takes a few milliseconds.
-    """
-    def seconds(dtype):
-        a, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(8):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
-def compute_dtype(precision, device):
-    """bfloat16 where asked for or where it pays: GPUs since Ampere, CPUs at least 2.5 times faster
-    in it."""
-    fast = {"cuda": lambda: torch.cuda.get_device_capability() >= (8, 0),
-            "cpu": lambda: bfloat16_gain() >= 2.5}
-    pays = precision == "auto" and fast.get(device.type, lambda: False)()
-    return torch.bfloat16 if pays or precision == "bfloat16" else torch.float32
-
-
-def autocast(precision, device):
-    """A context in which matrix products run in compute_dtype. The quantizers leave it."""
-    wanted = compute_dtype(precision, device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def fused_pays(q):
-    """Is PyTorch's fused attention the faster one for queries q (..., S, e)?
-
-    It never writes the S x S table to memory. On a GPU that always pays. On a CPU we measured it
-    ahead for the 256 x 256 of space in float32; for the 16 x 16 of time, or in bfloat16, it was
-    slower than attention written out (16 x 16 in bfloat16, with its backward pass: 16 times).
-    """
-    if ATTENTION != "auto":
-        return ATTENTION == "fused"
-    return q.device.type == "cuda" or (q.shape[-2] > 64 and q.dtype == torch.float32)
-
-
-def complex_pays(x):
-    """Is a product of complex numbers the faster way to turn the channel pairs of x?
-
-    On a CPU it is one operation, and a training step of `full` 1.12 to 1.15 times as fast as with
-    real numbers. torch.compile fuses those, and not complex ones; on a GPU we have not tried it.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def compile_blocks(device):
-    """From now on run every ST-block as a few fused kernels (torch.compile), not op by op.
-
-    It pays at play, where tensors are so small that starting an operation may cost more than doing
-    it. (Training, with its many kinds of input, was 1.04 to 1.14 times as fast, and spent minutes
-    compiling.) Each new kind of input is compiled at its first use, for seconds. Raises UserError.
-    """
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))         # a trial
-    except Exception as error:                           # no compiler, or one that fails
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); install a C++"
-                        " compiler, or leave --compile out") from None
-    print("--compile: the first steps take up to a minute", flush=True)
-    torch._dynamo.config.cache_size_limit = 64           # kinds of input; by default it does not
-    STBlock.forward = torch.compile(STBlock.forward)     # compile the ninth and any further one
-
-
-def saved_bytes(work):
-    """Bytes that autograd keeps between work() and its backward pass: what a larger batch costs."""
-    kept = {}                                            # by address: many tensors are views
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        work()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def make_optimizer(parameters, c):
-    """AdamW; fused where it can be: one pass over the weights, not ten."""
-    settings = dict(weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
-    try:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    except RuntimeError:                                 # not for this device in this PyTorch
-        return torch.optim.AdamW(parameters, **settings)
-
-
-# Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
-# ("ranks"). Each takes its slice of the batch; summed over the ranks, gradients and codebook
-# statistics are those of the whole batch, so that all ranks take the same step, and it is the step
-# that one process would have taken. Without torchrun none of this does anything.
-
-RANK, RANKS = 0, 1              # which process this is, and of how many
-
-
-def join_ranks():
-    """Meet the other ranks, if torchrun started us. From then on rank 0 alone speaks."""
-    global RANK, RANKS
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
-    atexit.register(dist.destroy_process_group)
-    RANK, RANKS = dist.get_rank(), dist.get_world_size()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def sum_over_ranks(tensors):
-    """Put into each tensor its sum over all ranks, in a single message."""
-    if RANKS > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
-
-
-def gather_over_ranks(t):
-    """t (M, ...) of every rank, joined in their order, which is that of the batch."""
-    if RANKS == 1:
-        return t
-    parts = [torch.empty_like(t) for _ in range(RANKS)]
-    dist.all_gather(parts, t)
-    return torch.cat(parts)
-
-
-# --------------------------------------------------------------------------------------------------
-# 13  Bench
-#
-# Problem: "fast" means little across machines. So bench also measures what this machine can do at
-# all (a large matrix product), and gives each speed as a share of that, or as a ratio of two ways
-# measured side by side. Float operations are counted, not timed: that is exact, and free of noise.
-
-
-def timed(*works, repeats=5):
-    """Seconds (repeats, works) of each work(), after a round to warm up.
-
-    They take turns, so that whatever else the machine does slows all of them alike.
-    """
-    rows = []
-    for _ in range(repeats + 1):
-        rows.append([])
-        for work in works:
-            began = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            elif torch.backends.mps.is_available():
-                torch.mps.synchronize()
-            rows[-1].append(time.perf_counter() - began)
-    return np.array(rows[1:])
-
-
-def with_attention(kind, work):
-    """work(), with ATTENTION set to `kind` meanwhile, and op by op even after compile_blocks."""
-    global ATTENTION
-    before, ATTENTION = ATTENTION, kind
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            return work()
-    finally:
-        ATTENTION = before
-
-
-def count_flops(work):
-    """Float operations of work(). Written out, since the counter overlooks fused CPU attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        with_attention("written out", work)
-    return counter.get_total_flops()
-
-
-GEMM = 4 * 2 * 2048 ** 3
-
-
-def matrix_product(dtype, device):
-    """What a machine does best, and the measure of all else: a work() of GEMM float operations.
-
-    Four products in a row: one is over so soon that it tells the machine's mood of that moment.
-    """
-    a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
-    return lambda: [a @ b for _ in range(4)]
-
-
-def rates(name, amount, flops, seconds, product_seconds):
-    """How fast: {name: amount a second, its range, float operations, their share of the peak}.
-
-    The peak is that of the same round: where cores are shared, it comes and goes.
-    """
-    share = np.median(flops / seconds / (GEMM / product_seconds))
-    return {name: amount / np.median(seconds),
-            name + "_range": [amount / max(seconds), amount / min(seconds)],
-            "gflop": flops / amount / 1e9, "mfu": float(share)}
-
-
-def stage_trainer(config, stage):
-    """A Trainer on a few sequences of the demo world, whose step is a single micro-batch."""
-    c = dataclasses.replace(config, tok_unquantized=0, lam_unquantized=0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        data = Path(folder) / "demo.npz"
-        data_prep.write_demo(data, minutes=0.08)
-        trainer = Trainer(c, data, folder)
-        trainer.enter_stage(stage)
-    c.batch = min(trainer.micro, c.batch)
-    trainer.optimizer_step()                             # the codebook starts
-    return trainer
-
-
-def bench_training(config, device):
-    """Speed of a training step of each stage, its share of the GEMM peak, and its lead over the
-    baseline: the same step with attention written out in float32, as small codebases have it."""
-    result, dtype = {}, compute_dtype(config.precision, device)
-    for stage, name in enumerate(STAGES):
-        trainer = stage_trainer(config, stage)
-        step, c = trainer.optimizer_step, trainer.c
-
-        def baseline():
-            c.precision = "float32"
-            with_attention("written out", step)
-            c.precision = config.precision
-
-        theirs, ours, product = timed(baseline, step, matrix_product(dtype, device)).T
-        result[name] = {**rates("sequences_per_s", c.batch, count_flops(step), ours, product),
-                        "speedup_over_baseline": float(np.median(theirs / ours)),
-                        "micro_batch": c.batch}
-    return result
-
-
-@torch.no_grad()
-def bench_play(config, device):
-    """Frames a second with and without the cache, over all the steps from one new beginning of the
-    memory to the next (see Genie.observe), since the last of them costs more than the others.
-
-    Without the cache each of the MaskGIT passes computes the whole clip again. All passes are
-    taken, with any mask_schedule: this untrained model is sure of nothing.
-    """
-    genie, T = Genie(config).to(device).eval(), config.dyn_frames
-    tokens = torch.randint(config.tok_codes, (1, T, genie.dynamics.tokens_per_frame), device=device)
-    masked = torch.zeros_like(tokens, dtype=torch.bool)
-    masked[:, -1] = True
-    actions = torch.randn(1, T, config.latent_dim, device=device)
-    lengths = range(T // 2 + 1, T + 1)                                  # of the clip, new frame too
-    _, begun = genie.remember(tokens[:, :T // 2], actions[:, :T // 2])
-
-    def cached():
-        state = begun
-        for _ in lengths:
-            _, state = genie.step(state, 0, seeded(0))
-
-    def uncached():
-        with autocast(config.precision, device):
-            for n in lengths:
-                for _ in range(config.maskgit_steps):
-                    genie.dynamics(tokens[:, -n:], masked[:, -n:], actions[:, -n:])
-                genie.tokenizer.decode(genie.tokenizer.quantizer.codebook[tokens[:, -n:]])
-
-    dtype, frames = compute_dtype(config.precision, device), len(lengths)
-    slow, fast, gemm = timed(uncached, cached, matrix_product(dtype, device), repeats=3).T
-    again = rates("fps_uncached", frames, count_flops(uncached), slow, gemm)
-    _, state = genie.remember(tokens[:, :-1], actions[:, :-1])          # in float32
-    whole = genie.dynamics(tokens, masked, actions)[:, -1:]
-    last = genie.dynamics(tokens[:, -1:], masked[:, -1:], actions[:, -1:], state.dynamics, False)
-    return {**rates("fps", frames, count_flops(cached), fast, gemm),
-            "fps_uncached": again["fps_uncached"], "mfu_uncached": again["mfu"],
-            "speedup": float(np.median(slow) / np.median(fast)),
-            "max_abs_diff": (last - whole).abs().max().item()}
-
-
-def doctor(device):
-    """Is this installation sound? On `device`, in float32, a small tokenizer must draw what it
-    draws on the CPU, and 20 steps must halve its loss on one batch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = VideoTokenizer(Config(**PRESETS["smoke"])).eval()
-    frames = torch.from_numpy(data_prep.unpack(data_prep.render_demo(1, 0)[0][:, :4]))
-    expected = tokenizer(frames)[0]                                     # (3, 4, 64, 64)
-    tokenizer, frames, losses = tokenizer.to(device), frames.to(device), []
-    differs = (tokenizer(frames)[0].cpu() - expected).abs().max().item()
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
-    for _ in range(20):
-        loss = F.binary_cross_entropy_with_logits(tokenizer(frames)[0], frames.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return {"ok": losses[-1] < losses[0] / 2 and differs < 0.01, "loss_first": losses[0],
-            "loss_last": losses[-1], "max_abs_diff_cpu": differs}
-
-
-def peak_memory(device):
-    """Peak memory so far in GiB, the GPU's or the process's; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource                                                 # not on Windows
-    except ImportError:
-        return None
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20             # it counts bytes, or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def bench_memory(config):
-    """Print the memory of a step of each stage: the peak so far, and what a GPU would need.
-
-    The latter is predicted: what autograd keeps in bfloat16 with fused kernels, and 16 bytes a
-    weight (itself, its gradient, AdamW's two averages).
-    """
-    print("| stage | micro-batch | peak | predicted for a GPU |\n| --- | --- | --- | --- |")
-    for stage, name in enumerate(STAGES):
-        trainer = stage_trainer(config, stage)
-        peak, trainer.c.precision = peak_memory(trainer.device) or math.nan, "bfloat16"
-        part = trainer.micro_batches(seeded(0))[0]
-        need = with_attention("fused", lambda: saved_bytes(lambda: trainer.forward(part)))
-        need += 16 * sum(p.numel() for p in trainer.genie.parameters())
-        print(f"| {name} | {len(part[0])} | {peak:.2f} GiB | {need / 2 ** 30:.2f} GiB |")
-
-
-def print_bench(result):
-    """The speeds as a Markdown table."""
-    print("| | speed | range | share of GEMM peak | compared |\n" + "| --- " * 5 + "|")
-    for name, row in result["train"].items():
-        low, high = row["sequences_per_s_range"]
-        print(f"| {name} | {row['sequences_per_s']:.3g} sequences/s | {low:.3g} to {high:.3g} |"
-              f" {row['mfu']:.0%} | {row['speedup_over_baseline']:.2f} times the baseline |")
-    play = result["play"]
-    low, high = play["fps_range"]
-    print(f"| play | {play['fps']:.3g} frames/s | {low:.3g} to {high:.3g} | {play['mfu']:.0%} |"
-          f" {play['speedup']:.2f} times no cache (which had {play['mfu_uncached']:.0%}) |")
-
-
-def bench(args):
-    """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
-    if args.json is not None:
-        data_prep.check_output(args.json, (".json",), args.force)
-    config = make_config(args)
-    device = pick_device(config.device)
-    if args.memory:
-        return bench_memory(config)
-    health = doctor(device)
-    print("doctor", json.dumps(health), flush=True)
-    training = bench_training(config, device)
-    if args.compile:
-        compile_blocks(device)                                          # for play alone
-    result = {"doctor": health, "train": training, "play": bench_play(config, device),
-              "memory": {"peak_gib": peak_memory(device)},
-              "machine": {"device": str(device), "threads": torch.get_num_threads(),
-                          "gemm_gflops": GEMM / 1e9 / float(timed(
-                              matrix_product(torch.float32, device), repeats=3).min()),
-                          "torch": torch.__version__, "python": platform.python_version(),
-                          "system": platform.system(), "preset": config.preset}}
-    print_bench(result)
-    print(json.dumps(result["machine"]), json.dumps(result["memory"]))
-    if args.json is not None:
-        write_json(result, args.json)
-
-
-# --------------------------------------------------------------------------------------------------
-# 14  Checkpoint files
+# 13  Checkpoint files
 #
 # Problem: a crash, or a full disk, can come while a checkpoint is written; and a file that somebody
 # sends you can claim anything. So two checkpoints are kept, each written under another name first,
@@ -2166,7 +1752,7 @@ def newest_checkpoint(path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 15  Command line
+# 14  Command line
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
@@ -2174,7 +1760,7 @@ def newest_checkpoint(path):
 DEMO_DATA = Path("data/demo.npz")
 DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
 PLAYING = ("maskgit_steps", "temperature", "order_noise",       # a trained run may be sampled, and
-           "mask_schedule", "precision")                        # computed, in another way
+           "mask_schedule", "precision", "device")              # computed, in another way
 
 
 def checkpoint_path(run):
@@ -2191,7 +1777,7 @@ def load_run(args):
         if getattr(args, name) is not None:
             setattr(genie.config, name, getattr(args, name))
     check_config(genie.config)
-    return genie
+    return genie.to(pick_device(genie.config.device))
 
 
 def find_data(data):
@@ -2278,6 +1864,7 @@ def train(args):
         return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
     if RANK > 0:
         return 0
+    from extras.window import draw_buttons
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
@@ -2301,10 +1888,17 @@ def eval_command(args):
     print_table(result)
     if args.json is not None:
         write_json(result, args.json)
+    from extras.window import draw_buttons, draw_rollout
     if args.figure is not None:
         draw_buttons(genie, data.frames(spread(data, args.count))[:, 0], args.figure)
     if args.clips is not None:
         draw_rollout(genie, data, spread(data, args.count), args.clips)
+
+
+def bench(args):
+    """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
+    from extras.bench import bench
+    bench(args)
 
 
 def number_or_auto(text):
@@ -2313,7 +1907,7 @@ def number_or_auto(text):
 
 
 def true_or_false(text):
-    """An argparse type for switches: `--lam_roll true`."""
+    """An argparse type for switches: `--tok_attention false`."""
     return bool(("false", "true").index(text.lower()))
 
 
@@ -2330,6 +1924,7 @@ def build_parser():
         command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
     add = {name: subcommands.choices[name].add_argument for name in commands}
+    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for name in commands:
         for f in dataclasses.fields(Config):
             if name in ("eval", "play") and f.name not in PLAYING:
@@ -2337,7 +1932,7 @@ def build_parser():
             convert = {bool: true_or_false, "micro_batch": number_or_auto}
             add[name]("--" + f.name, type=convert.get(f.name, convert.get(f.type, f.type)),
                       metavar="true|false" if f.type is bool else f.type.__name__,
-                      help=f"{f.metadata['why']} [full: {f.default}]".replace("%", "%%"))
+                      help=f"{reasons[f.name]} [full: {f.default}]".replace("%", "%%"))
     for name in ("train", "eval", "play"):
         add[name]("--data", help=f"a data file of data_prep.py [{DEMO_DATA}, rendered if missing]")
     add["train"]("--out", help="folder of the run [runs/PRESET]")
@@ -2384,5 +1979,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    import genie_mini                           # the module that extras/ import, not a second copy
     sys.stdout.reconfigure(errors="replace")    # a path may hold letters that the terminal lacks
-    sys.exit(main())
+    sys.exit(genie_mini.main())

@@ -307,7 +307,7 @@ def cut_patches(student):
         tall = right.view(B, T, rows, columns, -1).transpose(2, 3).reshape(right.shape)
         if torch.equal(got, tall):
             return verdict(False, "the patches come column by column. Row by row is what the "
-                           "rotary angles of SpatialAttention count on: patch 1 is to the right "
+                           "rotary angles of STBlock count on: patch 1 is to the right "
                            "of patch 0, not under it.")
         turned = right.view(B, T, -1, patch, patch).transpose(3, 4).reshape(right.shape)
         if torch.equal(got, turned):
@@ -884,16 +884,16 @@ def sample_gumbel(student):
 
 
 def commit(student):
-    """student(surety, masked, count) -> new masked, with the count surest unmasked."""
+    """student(confidence, masked, count) -> new masked, with the count surest unmasked."""
     draw = genie_mini.seeded(54)
     for count in (7, 3, 0):
         masked = torch.ones(4, 16, dtype=torch.bool)                    # 5 committed, 11 not
-        surety = torch.rand(4, 16, generator=draw).log()
+        confidence = torch.rand(4, 16, generator=draw).log()
         # The surest five are committed already: they must not be chosen again.
-        masked.scatter_(-1, surety.topk(5, dim=-1).indices, False)
-        free = surety.masked_fill(~masked, -torch.inf)
+        masked.scatter_(-1, confidence.topk(5, dim=-1).indices, False)
+        free = confidence.masked_fill(~masked, -torch.inf)
         right = masked.scatter(-1, free.topk(count, dim=-1).indices, False)
-        given, sure = masked.clone(), surety.clone()
+        given, sure = masked.clone(), confidence.clone()
         try:
             answer = student(sure, given, count)
             if answer is None:
@@ -901,7 +901,7 @@ def commit(student):
             answer = torch.as_tensor(answer)
         except Exception as error:
             return verdict(False, f"for count = {count} it raised {type(error).__name__}: {error}")
-        if not (torch.equal(given, masked) and torch.equal(sure, surety)):
+        if not (torch.equal(given, masked) and torch.equal(sure, confidence)):
             return verdict(False, "it changed its arguments. Return a new mask: scatter and"
                                   " masked_fill make a copy; with a trailing _ they write in"
                                   " place.")
@@ -910,8 +910,9 @@ def commit(student):
                                   f" {answer.dtype} of {tuple(answer.shape)}.")
         if torch.equal(answer, right):
             continue
-        again = masked.scatter(-1, surety.topk(count, dim=-1).indices, False)
-        least = surety.masked_fill(~masked, torch.inf).topk(count, dim=-1, largest=False).indices
+        again = masked.scatter(-1, confidence.topk(count, dim=-1).indices, False)
+        least = confidence.masked_fill(~masked, torch.inf)
+        least = least.topk(count, dim=-1, largest=False).indices
         stay = torch.zeros_like(masked)
         stay.scatter_(-1, free.topk(count, dim=-1).indices, True)
         left = masked.scatter(-1, free.topk(11 - count, dim=-1).indices, False)

@@ -3,7 +3,7 @@
     python notebooks/strip.py patchify attention -o handout/
 
 Signature, decorators and docstring of a function stay; its body becomes a NotImplementedError.
-Every other line stays as it is, and so do the tests: `pytest -m patchify` then grades the work.
+Every other line and file stays as it is, the tests too: `pytest -m patchify` then grades the work.
 """
 
 import argparse
@@ -14,10 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("genie_mini.py", "data_prep.py", "test_genie_mini.py", "requirements.txt", "README.md",
-          ".pytest.ini")
+          "LICENSE", ".pytest.ini")
+FOLDERS = ("extras", "assets", "notebooks")     # which the code imports and README links to
 PARTS = {                           # the mark of pytest -> the functions of genie_mini.py to blank
     "patchify": ("patchify", "unpatchify"),
-    "attention": ("SpatialAttention.forward", "TemporalAttention.forward"),
+    "attention": ("Attention.forward",),
     "quantizer": ("VectorQuantizer.forward", "VectorQuantizer.update"),
     "straight_through": ("VectorQuantizer.forward",),
     "mask": ("DynamicsModel.random_mask",),
@@ -69,6 +70,9 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         for name in COPIED[1:]:
             shutil.copyfile(ROOT / name, args.out / name)
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, args.out / name,
+                            ignore=shutil.ignore_patterns("__pycache__", ".*"))
         (args.out / COPIED[0]).write_bytes(source.encode("utf-8"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,218 @@
+"""What a model shows: the pictures that training and `eval` draw, and the window of `play`."""
+
+import itertools
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import genie_mini as gm
+from data_prep import UserError
+from extras.bench import compile_blocks
+from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet
+
+
+def three_clips(genie, data, indices):
+    """Three sequences (3, 16, 64, 64) to draw, spread over `indices`."""
+    return data.frames(indices[:: max(1, len(indices) // 3)][:3]).to(genie.device)
+
+
+def draw_reconstruction(genie, data, indices, path):
+    """Three real clips and what the tokenizer makes of them."""
+    x = three_clips(genie, data, indices)
+    rows = torch.stack([x, (genie.tokenizer(x)[0] > 0).byte()], dim=1)  # real, decoded, real, ...
+    save_sheet(rows.flatten(0, 1).cpu(), ["real", "decoded"] * len(x), path, scale=1)
+
+
+def draw_rollout(genie, data, indices, path):
+    """Three clips: real, then generated from frame 1 with the inferred and with other actions."""
+    x = three_clips(genie, data, indices)
+    inferred, rows = genie.watch(x)[2], [x]
+    for actions in (inferred, inferred.flip(1)):
+        rows.append(torch.cat([x[:, :1], genie.rollout(x[:, 0], actions, gm.seeded(0))], dim=1))
+    save_sheet(torch.stack(rows, dim=1).flatten(0, 1).cpu(),
+                         ["real", "inferred", "reversed"] * len(x), path, scale=1)
+
+
+def draw_buttons(genie, frames, path):
+    """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
+    over all of frames (B, H, W)."""
+    motion, actions = button_motion(genie, frames)[0].tolist(), gm.held_buttons(genie)
+    first = frames[:1].to(genie.device).expand(len(actions), gm.SIZE, gm.SIZE)
+    made = torch.cat([first[:, None], genie.rollout(first, actions, gm.seeded(0))], dim=1).cpu()
+    rows = [[*clip.numpy(), arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
+    labels = [f"{a}: {dy:+.1f} {dx:+.1f}" for a, (dy, dx) in enumerate(motion)]
+    save_sheet(rows, labels, path, scale=1)
+
+
+@torch.no_grad()
+def button_motion(genie, frames, seed=0):
+    """What each button moves, on average over real frames (B, H, W).
+
+    Returns which way, (num_actions, 2), and how many pixels change, (num_actions,). (dy, dx)
+    leads from the centre of the pixels that went out to the centre of those that lit up. So the
+    direction counts, less the length: a thing that moves a little lights up its edge alone. What
+    moves by itself does so under every button, either way, and averages out.
+    """
+    side = torch.arange(gm.SIZE)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)      # (H, W, 2)
+
+    def centre(pixels):
+        weight = pixels.float()[..., None]                              # (B, H, W, 1)
+        return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
+
+    state, motions, changed = genie.start(frames), [], []
+    for action in range(genie.config.num_actions):
+        made = genie.step(state, action, gm.seeded(seed, action))[0].cpu()
+        (new, lit), (old, out) = centre(made > frames), centre(frames > made)
+        motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
+        changed.append(gm.wrong(made, frames).mean())
+    return torch.stack(motions), torch.stack(changed)
+
+
+def arrow_keys(motion, changed):
+    """Which button each arrow key and the space bar press: {key: action}.
+
+    motion (num_actions, 2) and changed (num_actions,) are those of button_motion. An arrow takes
+    the button that moves things farthest its way, the space bar the one that changes least.
+    """
+    ways = {"up": (-1.0, 0.0), "down": (1.0, 0.0), "left": (0.0, -1.0), "right": (0.0, 1.0)}
+    keys = {key: int((motion @ torch.tensor(way)).argmax()) for key, way in ways.items()}
+    return {**keys, " ": int(changed.argmin())}
+
+
+def screen():
+    """matplotlib's pyplot, where it can open a window. Raises UserError where it can open none."""
+    try:
+        import matplotlib.pyplot as plt                  # slow to import: only here
+        backend = plt.get_backend().lower()
+    except (ImportError, ValueError) as error:           # a backend that is not there
+        raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
+                        " pip install tornado and set it to WebAgg") from None
+    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
+        raise UserError("there is no display to play on; MPLBACKEND=WebAgg python genie_mini.py"
+                        " play plays in a browser (pip install tornado), --actions 0,1 --out"
+                        " roll.gif saves a GIF")
+    return plt
+
+
+class Window:
+    """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
+
+    In a row under the picture stand the frames that the buttons would lead to: one batch, which
+    shares the past, and only a sketch (a single MaskGIT pass): it must not slow the game.
+    """
+
+    KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
+    HELP = "arrows, space, digits: press a button   R: restart elsewhere   S: save a GIF   Q: quit"
+
+    def __init__(self, genie, firsts, arrows, generator):
+        """Begin at the first of firsts (n, 64, 64); R goes on to the next.
+
+        arrows: which button "up", "down", "left", "right" and " " press. generator: what is random.
+        """
+        import matplotlib.pyplot as plt
+        self.genie, self.firsts, self.arrows, self.generator = genie, firsts, arrows, generator
+        self.buttons = list(range(genie.config.num_actions))
+        self.keys = {**{str(a): a for a in self.buttons}, **arrows}
+        self.turn, self.close = -1, lambda: plt.close(self.figure)
+        self.figure = plt.figure("genie_mini", figsize=(7, 8))
+        canvas = self.figure.canvas
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)      # S, Q and R are ours
+        canvas.mpl_connect("key_press_event", self.on_key)
+        canvas.mpl_connect("key_release_event", self.on_release)
+        canvas.mpl_connect("close_event", lambda _: self.timer.stop())
+        self.timer = canvas.new_timer(interval=100)      # ms: 10 FPS, as in the video
+        self.timer.add_callback(self.tick)
+        self.restart()
+        self.lay_out()
+        self.timer.start()
+
+    def restart(self):
+        """Begin anew, at the next first frame."""
+        self.turn = (self.turn + 1) % len(self.firsts)
+        self.frame = self.firsts[self.turn].cpu().numpy()               # (64, 64)
+        self.film = deque([np.packbits(self.frame, axis=-1)], maxlen=self.KEEP)
+        self.state = self.genie.start(self.firsts[self.turn])
+        self.pressed, self.held, self.released = deque(maxlen=30), None, False
+        self.last, self.speed, self.note = time.monotonic(), 0.0, ""
+        self.look_ahead()
+
+    def look_ahead(self):
+        """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
+        many = self.state.copies(len(self.buttons))
+        self.futures = self.genie.sketch(many, self.buttons, self.generator).cpu().numpy()
+
+    def tick(self):
+        """One frame on: by the button that is held, or by the one that moves things least."""
+        action = self.arrows[" "] if self.held is None else self.held
+        if self.released:                                # a short tap counts for one frame
+            self.held, self.released = None, False
+        frame, self.state = self.genie.step(self.state, action, self.generator)
+        self.frame = frame[0].cpu().numpy()
+        self.film.append(np.packbits(self.frame, axis=-1))
+        self.pressed.append(action)
+        self.look_ahead()
+        now = time.monotonic()
+        rate = 1 / max(1e-6, now - self.last)
+        self.last, self.speed = now, 0.9 * self.speed + 0.1 * rate if self.speed else rate
+        self.draw()
+
+    def picture(self):
+        """The frame, enlarged to the width of all the futures in a row; and these under it."""
+        n = len(self.buttons)
+        large = np.pad(self.frame.repeat(n, 0).repeat(n, 1) * 255, ((0, 2), (n, n)))
+        return np.concatenate([large, beside(list(self.futures * 255))])
+
+    def lay_out(self):
+        """Make the artists; draw() then only changes what they show."""
+        axes, n = self.figure.add_axes((0.02, 0.13, 0.96, 0.82)), len(self.buttons)
+        axes.set_axis_off()
+        self.image = axes.imshow(in_colour(self.picture()), interpolation="nearest")
+        signs = {"up": "↑", "down": "↓", "left": "←", "right": "→", " ": "space"}
+        for a in range(n):
+            names = [str(a)] + [signs[key] for key, action in self.arrows.items() if action == a]
+            axes.text(66 * a + 32, 64 * n + 72, "\n".join(names), ha="center", va="top")
+        self.title = self.figure.text(0.02, 0.96, "")
+        self.history = self.figure.text(0.02, 0.04, "")
+        self.figure.text(0.02, 0.01, self.HELP)
+        self.draw()
+
+    def draw(self):
+        self.image.set_data(in_colour(self.picture()))
+        self.title.set_text(f"{self.speed:.1f} frames a second   {self.note}")
+        self.history.set_text("pressed: " + " ".join(map(str, self.pressed)))
+        self.figure.canvas.draw_idle()
+
+    def on_key(self, event):
+        key = (event.key or "").lower()
+        if key in self.keys:
+            self.held, self.released = self.keys[key], False
+        elif key in ("r", "s", "q"):
+            {"r": self.restart, "s": self.save, "q": self.close}[key]()
+
+    def on_release(self, event):
+        if self.keys.get((event.key or "").lower()) == self.held:
+            self.released = True                         # the next tick still sees it
+
+    def save(self):
+        """Write what was played as dream-1.gif, or the next number that is free."""
+        path = next(p for n in itertools.count(1) if not (p := Path(f"dream-{n}.gif")).exists())
+        try:
+            save_gif(np.unpackbits(np.stack(self.film), axis=-1), path)
+            self.note = f"saved {path}"
+        except (UserError, OSError) as error:            # the dream goes on
+            self.note = f"not saved: {error}"
+
+
+def open_window(args, genie):
+    """Play in a window. Raises UserError where matplotlib can open none."""
+    plt, firsts = screen(), gm.first_frames(args, genie)
+    if args.compile:
+        compile_blocks(genie.device)
+    arrows = arrow_keys(*button_motion(genie, firsts))
+    window = Window(genie, firsts, arrows, gm.seeded(args.seed))
+    print(window.HELP)
+    plt.show()                                           # until the window is closed
