@@ -351,8 +351,8 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         visible = None if self.visible is None else self.visible[begin:begin + S, :begin + S]
-        # One call, since PyTorch never writes the S x S table to memory: a step is then faster on
-        # GPUs and CPUs alike (for the 256 x 256 of space 1.2 to 1.8 times, for time 1.5 to 1.8).
+        # One call, in which PyTorch never writes the S x S table to memory. On a CPU, forward and
+        # backward, we measured it 1.2 to 1.8 times as fast for 256 x 256, 1.5 to 1.8 for 16 x 16.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (M, h, S, e)
         return self.out(y.transpose(1, 2).reshape(M, S, D)), (k, v)
 
