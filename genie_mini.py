@@ -109,8 +109,7 @@ class Config:
     dyn_fold: int = 1               # fold x fold tokens share one position; 2 costs a quarter
     dyn_frames: int = 16            # frames a sequence: the memory of play, plus one
     dyn_steps: int = 50_000         # optimizer steps of stage 2
-    mask_min: float = 0.5           # a sequence draws its masking rate in [mask_min, 1]
-    clean_frames: float = 0.5       # share of frames left unmasked: at play the past is clean
+    mask_min: float = 0.5           # a frame draws its masking rate in [mask_min, 1]
     action_noise: float = 0.8       # share of quiet steps with another action (section 10)
     # Training
     batch: int = 128                # sequences the optimizer sees a step
@@ -140,7 +139,7 @@ PRESETS = {
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_attention=False, tok_frames=1, tok_steps=500,
         lam_dim=128, lam_layers=2, lam_steps=800, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=2400, clean_frames=0.0, temperature=0.1, order_noise=0.0,
+        dyn_frames=2, dyn_steps=2400, temperature=0.1, order_noise=0.0,
         mask_schedule="adaptive", batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100,
         beta2=0.99, val_every=240),
     # The card made small: 16 frames, attention over space and time in all three models. A clip
@@ -169,7 +168,7 @@ RANGES = {**dict.fromkeys(("tok_dim", "lam_dim", "dyn_dim", "latent_dim"), (1, 8
                            "val_every", "val_sequences"), (1, 2**31 - 1)),
           **dict.fromkeys(("mask_min", "action_noise", "lam_unquantized"), (0, 1)),
           "tok_frames": (1, CLIP), "dyn_frames": (2, CLIP), "maskgit_steps": (1, 4096),
-          "clean_frames": (0, 0.99), "beta2": (0, 0.9999)}
+          "beta2": (0, 0.9999)}
 
 
 def check_config(c):
@@ -336,21 +335,25 @@ class Attention(nn.Module):
         visible = torch.ones(S, S, dtype=torch.bool).tril() if causal else None
         self.register_buffer("visible", visible, persistent=False)      # (S, S): query sees key
 
-    def forward(self, x, past=None):
+    def forward(self, x, past=None, layout=None):
         """x (M, S, D); past: None, or the (k, v) of the positions before, each (M, h, S_past, e).
 
         Given those it takes x as the positions that follow them, and so computes just what it would
-        have computed for the whole. Returns y (M, S, D), and the (k, v) of all positions so far.
+        have computed for the whole. A layout says something else than "one after the other": the
+        positions (S,) of x, and which of them sees which (S, S). Returns y (M, S, D), and the
+        (k, v) of all positions so far.
         """
         M, S, D = x.shape
         qkv = self.qkv(x).view(M, S, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (M, h, S, e)
         begin = 0 if past is None else past[0].shape[2]                 # position of x's first
         table = self.table[begin:begin + S]
+        visible = None if self.visible is None else self.visible[begin:begin + S, :begin + S]
+        if layout is not None:
+            table, visible = self.table[layout[0]], layout[1]
         q, k = rotate(q, table), rotate(k, table)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        visible = None if self.visible is None else self.visible[begin:begin + S, :begin + S]
         # One call, in which PyTorch never writes the S x S table to memory. On a CPU, forward and
         # backward, we measured it 1.2 to 1.8 times as fast for 256 x 256, 1.5 to 1.8 for 16 x 16.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (M, h, S, e)
@@ -396,7 +399,7 @@ class STBlock(nn.Module):
         self.norm_ffn = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, past=None):
+    def forward(self, x, past=None, layout=None):
         """x (B, T, N, D) -> the same, and the time attention's (k, v) for frames to come."""
         (B, T, N, D), kept = x.shape, None
         if self.space is not None:
@@ -404,7 +407,7 @@ class STBlock(nn.Module):
             x = x + y.view(B, T, N, D)
         if self.time is not None:
             y = self.norm_time(x).transpose(1, 2).flatten(0, 1)         # (BN, T, D)
-            y, kept = self.time(y, past)
+            y, kept = self.time(y, past, layout)
             x = x + y.view(B, N, T, D).transpose(1, 2)
         return x + self.ffn(self.norm_ffn(x)), kept
 
@@ -414,7 +417,8 @@ class STTransformer(nn.Module):
 
     It also returns what to remember of the frames so far: each block's (k, v). Given that as `past`
     with the frames that follow, it computes only those. This is exact, not an approximation: time
-    attention is causal, so nothing about a past frame depends on the frame being made.
+    attention is causal, so nothing about a past frame depends on the frame being made. A layout
+    of frames goes to time attention (see there).
     """
 
     def __init__(self, dim, heads, layers, side, attention=True):
@@ -422,10 +426,10 @@ class STTransformer(nn.Module):
         self.blocks = nn.ModuleList(STBlock(dim, heads, side, attention) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x, past=None):
+    def forward(self, x, past=None, layout=None):
         kept = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, past[i] if past else None)
+            x, kv = block(x, past[i] if past else None, layout)
             kept.append(kv)
         return self.norm(x), kept
 
@@ -712,7 +716,7 @@ class DynamicsModel(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.codes, self.mask_min, self.clean_frames = c.tok_codes, c.mask_min, c.clean_frames
+        self.codes, self.mask_min = c.tok_codes, c.mask_min
         side = SIZE // c.tok_patch
         self.tokens_per_frame, self.fold = side ** 2, c.dyn_fold ** 2
         # fold x fold neighbouring tokens share a position; `order` lists the tokens by position.
@@ -729,9 +733,9 @@ class DynamicsModel(nn.Module):
         self.transformer = STTransformer(c.dyn_dim, c.heads, c.dyn_layers, side // c.dyn_fold)
         self.to_logits = nn.Linear(c.dyn_dim, self.fold * c.tok_codes)
 
-    def forward(self, tokens, masked, actions, past=None):
+    def forward(self, tokens, masked, actions, past=None, layout=None):
         """tokens, masked (B, T, N), actions (B, T, L) -> logits (B, T, N, K), and the transformer's
-        memory for frames to come.
+        memory for frames to come. past and layout are STTransformer's.
 
         actions[:, t] is the action that led *to* frame t (zeros where there was none), added to
         every position of frame t. Tokens under `masked` are not looked at.
@@ -739,32 +743,42 @@ class DynamicsModel(nn.Module):
         B, T, N = tokens.shape
         x = tokens.masked_fill(masked, self.codes)[:, :, self.order]    # (B, T, N)
         x = self.embed(x.view(B, T, -1, self.fold) + self.offsets).sum(-2)      # (B, T, N/fold, D)
-        x, kept = self.transformer(x + self.action(actions)[:, :, None], past)
+        x = x + self.action(actions)[:, :, None]
+        x, kept = self.transformer(x, past, layout)
         x = self.to_logits(x).view(B, T, N, self.codes)                 # in the order of `order`
         return x[:, :, self.unorder].float(), kept
 
     def random_mask(self, B, T, generator):
-        """A training mask (B, T, N): a rate in [mask_min, 1] a sequence, a coin flip a token.
-
-        Frame 0 is never masked (it is what play starts from); clean_frames leaves others whole.
-        """
-        rate = self.mask_min + (1 - self.mask_min) * torch.rand(B, 1, 1, generator=generator)
-        masked = torch.rand(B, T, self.tokens_per_frame, generator=generator) < rate
-        masked &= torch.rand(B, T, 1, generator=generator) >= self.clean_frames
-        masked[:, 0] = False
-        return masked
+        """A training mask (B, T, N): a rate in [mask_min, 1] a frame, a coin flip a token."""
+        rate = self.mask_min + (1 - self.mask_min) * torch.rand(B, T, 1, generator=generator)
+        return torch.rand(B, T, self.tokens_per_frame, generator=generator) < rate
 
     def loss(self, tokens, actions, masked):
-        """Mean cross-entropy of the masked tokens, in nats.
+        """Mean cross-entropy of the masked tokens of frames 2..T, in nats.
 
-        tokens, masked (B, T, N); actions (B, T-1, L): action t led to frame t+1. The sum is
-        divided by the expected number of masked tokens, not the number drawn, so that the losses
-        of micro-batches average to that of the whole batch.
+        tokens (B, T, N), actions (B, T-1, L), masked (B, T-1, N): action t led to frame t+1. At
+        play, a frame is filled in after a past that is finished, so it is trained in the same way:
+        each frame is there twice, finished for later frames to look back on, and masked to be
+        filled in. (The paper masks the past as well: a departure.)
         """
-        logits, _ = self(tokens, masked, F.pad(actions, (0, 0, 1, 0)))  # nothing led to frame 0
-        loss = F.cross_entropy(logits[masked], tokens[masked], reduction="sum")
-        rate = (1 + self.mask_min) / 2 * (1 - self.clean_frames)
-        return loss / (rate * tokens[:, 1:].numel())
+        T = tokens.shape[1]
+        logits, _ = self(torch.cat([tokens[:, :-1], tokens[:, 1:]], dim=1),     # (B, 2(T-1), N)
+                         torch.cat([torch.zeros_like(masked), masked], dim=1),
+                         torch.cat([F.pad(actions[:, :-1], (0, 0, 1, 0)), actions], dim=1),
+                         layout=self.twice(T, tokens.device))
+        loss = F.cross_entropy(logits[:, T - 1:][masked], tokens[:, 1:][masked], reduction="sum")
+        # By the expected number of masked tokens, not by the number drawn: so the losses of
+        # micro-batches average to that of the whole batch.
+        return loss / ((1 + self.mask_min) / 2 * masked.numel())
+
+    @staticmethod
+    def twice(T, device):
+        """The layout of frames 1..T-1 finished, then 2..T masked: positions, and who sees whom."""
+        t = torch.arange(T - 1, device=device)
+        past, none = t[:, None] >= t, torch.zeros(T - 1, T - 1, dtype=torch.bool, device=device)
+        seen_by_finished = torch.cat([past, none], dim=1)
+        seen_by_masked = torch.cat([past, t[:, None] == t], dim=1)      # its past, and itself
+        return torch.cat([t, t + 1]), torch.cat([seen_by_finished, seen_by_masked])
 
     @torch.no_grad()
     def sample(self, past, action, c, generator):
@@ -990,7 +1004,7 @@ def quiet_level(data):
 
 
 def world_noise(genie, frames, tokens, quiet, generator):
-    """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T, N).
+    """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T-1, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
     Shifts go by whole patches of the tokenizer: rolled by any number of pixels, the LAM's patches
@@ -1009,7 +1023,7 @@ def world_noise(genie, frames, tokens, quiet, generator):
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
     codes = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
     swaps = codes.view(B, T - 1).masked_fill(~swap | (changed > quiet), -1)
-    return shifts, swaps, genie.dynamics.random_mask(B, T, generator)
+    return shifts, swaps, genie.dynamics.random_mask(B, T - 1, generator)
 
 
 def world_losses(genie, frames, tokens, shifts, swaps, masked):
@@ -1310,7 +1324,8 @@ class Trainer:
         ignores its buttons."""
         def work(x, i):
             x = x[:, :self.c.dyn_frames]
-            masked = self.genie.dynamics.random_mask(*x.shape[:2], seeded(i)).to(self.device)
+            masked = self.genie.dynamics.random_mask(len(x), x.shape[1] - 1, seeded(i))
+            masked = masked.to(self.device)
             tokens, actions = self.genie.tokenizer.encode(x)[1], self.genie.lam.encode(x)[0]
             return [self.genie.dynamics.loss(tokens, a, masked)[None]
                     for a in (actions, actions.roll(1, 0))]
