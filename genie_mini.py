@@ -118,7 +118,6 @@ class Config:
     min_lr: float = 3e-4            # learning rate at the cosine's end; the card keeps it flat
     warmup: int = 2000              # steps of linear warm-up
     beta2: float = 0.9              # of AdamW; lower than usual, as in Genie
-    log_every: int = 50             # steps between log lines
     val_every: int = 1000           # steps between validations, pictures and checkpoints
     val_sequences: int = 64         # sequences in a validation during training
     # Sampling
@@ -153,8 +152,8 @@ PRESETS = {
     "smoke": dict(
         heads=2, tok_dim=32, tok_layers=1, tok_frames=4, tok_steps=60, tok_unquantized=20,
         lam_dim=32, lam_layers=1, dyn_dim=32, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60,
-        batch=8, micro_batch=4, lr=2e-3, min_lr=1e-3, warmup=10, log_every=20, val_every=30,
-        val_sequences=8, maskgit_steps=4),
+        batch=8, micro_batch=4, lr=2e-3, min_lr=1e-3, warmup=10, val_every=30, val_sequences=8,
+        maskgit_steps=4),
 }
 
 CHOICES = {"preset": tuple(PRESETS), "device": ("auto", "cpu", "cuda", "mps"),
@@ -164,8 +163,8 @@ CHOICES = {"preset": tuple(PRESETS), "device": ("auto", "cpu", "cuda", "mps"),
 RANGES = {**dict.fromkeys(("tok_dim", "lam_dim", "dyn_dim", "latent_dim"), (1, 8192)),
           **dict.fromkeys(("tok_layers", "lam_layers", "dyn_layers"), (1, 100)),
           **dict.fromkeys(("tok_codes", "num_actions"), (2, 256)),
-          **dict.fromkeys(("heads", "tok_patch", "lam_patch", "dyn_fold", "batch", "log_every",
-                           "val_every", "val_sequences"), (1, 2**31 - 1)),
+          **dict.fromkeys(("heads", "tok_patch", "lam_patch", "dyn_fold", "batch", "val_every",
+                           "val_sequences"), (1, 2**31 - 1)),
           **dict.fromkeys(("mask_min", "action_noise", "lam_unquantized"), (0, 1)),
           "tok_frames": (1, CLIP), "dyn_frames": (2, CLIP), "maskgit_steps": (1, 4096),
           "beta2": (0, 0.9999)}
@@ -1111,6 +1110,7 @@ def of_rank_0(t):
 class Trainer:
     """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
+    LOG_EVERY = 50                                       # steps between log lines
     EXPLODED = 1000.0                                    # no loss is that large and still learning
     COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
                "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
@@ -1188,7 +1188,7 @@ class Trainer:
             validating = self.step % self.c.val_every == 0 or last
             if validating:
                 row.update(self.validate())
-            if validating or self.step % self.c.log_every == 0 or self.step == 5:
+            if validating or self.step % self.LOG_EVERY == 0 or self.step == 5:
                 self.log(row, (time.monotonic() - began) / (self.step - first))
             if validating:
                 self.save()
