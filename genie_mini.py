@@ -79,7 +79,7 @@ CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
 class Config:
     """Every choice in this file. Defaults are the `full` preset."""
 
-    preset: str = "full"            # the preset that the other values started from
+    preset: str = "full"            # where the others start; bare train: full on a GPU, or laptop
     seed: int = 0                   # every random draw of a run follows from this number
     device: str = "auto"            # where to compute; auto takes the fastest there is
     precision: str = "auto"         # auto takes bfloat16 on GPUs since Ampere, else float32
@@ -1926,6 +1926,20 @@ def true_or_false(text):
     return bool(("false", "true").index(text.lower()))
 
 
+def add_fields(add, names):
+    """A flag for each of these Config fields, with the reason for it and each preset's value."""
+    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for f in dataclasses.fields(Config):
+        if f.name in names:
+            values = {preset: changes.get(f.name, f.default) for preset, changes in PRESETS.items()}
+            shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
+            shown = shown if len(set(values.values())) > 1 else f.default
+            kinds = {bool: (true_or_false, "true|false"), "micro_batch": (number_or_auto, "int")}
+            convert, kind = kinds.get(f.name, kinds.get(f.type, (f.type, f.type.__name__)))
+            add("--" + f.name, type=convert, metavar="|".join(CHOICES.get(f.name, (kind,))),
+                help=f"{reasons[f.name]} [{shown}]".replace("%", "%%"))
+
+
 def build_parser():
     """The commands and their flags: every Config field, for eval and play those in PLAYING."""
     parser = data_prep.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
@@ -1939,15 +1953,8 @@ def build_parser():
         command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
     add = {name: subcommands.choices[name].add_argument for name in commands}
-    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for name in commands:
-        for f in dataclasses.fields(Config):
-            if name in ("eval", "play") and f.name not in PLAYING:
-                continue
-            convert = {bool: true_or_false, "micro_batch": number_or_auto}
-            add[name]("--" + f.name, type=convert.get(f.name, convert.get(f.type, f.type)),
-                      metavar="true|false" if f.type is bool else f.type.__name__,
-                      help=f"{reasons[f.name]} [full: {f.default}]".replace("%", "%%"))
+        add_fields(add[name], PLAYING if name in ("eval", "play") else vars(Config()))
     for name in ("train", "eval", "play"):
         add[name]("--data", help=f"a data file of data_prep.py [{DEMO_DATA}, rendered if missing]")
     add["train"]("--out", help="folder of the run [runs/PRESET]")

@@ -2805,12 +2805,13 @@ def test_presets_work(preset, gm=genie_mini):
 
 
 def test_every_setting_has_a_reason_and_a_range(gm=genie_mini):
-    """Failing means that --help leaves a setting unexplained, or that a typing error in a word or a
-    negative number is taken."""
+    """Failing means that --help leaves a setting unexplained, or does not show what each preset sets
+    it to, or that a typing error in a word or a negative number is taken."""
     fields = gm.dataclasses.fields(gm.Config)
     for name in ("train", "bench"):
         flags = {a.dest: a.help for a in gm.build_parser().commands[name]._actions}
-        assert all(len(flags[field.name].split("[full")[0]) > 10 for field in fields)
+        assert all(len(flags[field.name].split(" [")[0]) > 10 for field in fields)
+        assert "laptop 64" in flags["tok_dim"] and flags["latent_dim"].endswith("[16]")
     for field in fields:
         assert field.type in (int, float, bool, str), field.name
         bad = {str: "misspelt", int: -1, float: -0.1}.get(field.type)
