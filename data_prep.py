@@ -78,6 +78,26 @@ def warn(text):
     print(f"warning: {text}", file=sys.stderr)
 
 
+def run(main):
+    """Run main as a program, and exit with the status that it returns."""
+    out = sys.stdout
+    if hasattr(out, "reconfigure"):             # not so in a notebook, by %run
+        out.reconfigure(errors="replace")       # a path may hold letters that the terminal lacks
+
+    def outliving(method):
+        """When the reader of our output has gone (`| head -1`), its rest is lost, and no work."""
+        def call(*args):
+            try:
+                return method(*args)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return call
+    out.write, out.flush = outliving(out.write), outliving(out.flush)
+    status = main()
+    out.flush()
+    sys.exit(status)
+
+
 def check_output(path, suffixes, force):
     """Return path as a Path once it is clear that a file may be written there.
 
@@ -1481,5 +1501,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # a path may hold letters that the terminal lacks
-    sys.exit(main())
+    run(main)

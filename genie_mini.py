@@ -1129,6 +1129,7 @@ class Trainer:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
         self.rows, self.stop = [], 0                     # logged rows; the signal to stop, or 0
+        self.told = set()                                # warnings given
         self.enter_stage(0)
 
     def enter_stage(self, stage):
@@ -1306,12 +1307,13 @@ class Trainer:
             quantizer.start(quantizer.sample(self.latents(), generator), generator)
         if self.stage == 0:
             result = evaluate_tokenizer(genie, self.val_set, some)
-            draw_reconstruction(genie, self.val_set, some, self.out / "reconstruction.png")
+            self.extra(draw_reconstruction, genie, self.val_set, some,
+                       self.out / "reconstruction.png")
         else:
             result = evaluate_lam(genie, self.val_set, some)
             result["dynamics_loss"], shuffled = self.validation_loss(some)
             result["action_ratio"] = shuffled / result["dynamics_loss"]
-            draw_rollout(genie, self.val_set, some, self.out / "rollout.png")
+            self.extra(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
         quantizer.load_state_dict(before)
         for trouble in troubles(result, self.stage):
             print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
@@ -1339,11 +1341,24 @@ class Trainer:
         print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
               f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
               f"  ETA {seconds_per_step * (self.total - self.step) / 60:.1f} min", flush=True)
+        self.extra(self.write_metrics)
+        self.extra(draw_curves, self.rows, self.out / "losses.png")
+
+    def write_metrics(self):
         lines = [",".join(self.COLUMNS)] + [
             ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
         with data_prep.written_whole(self.out / "metrics.csv") as file:
             file.write("\n".join(lines + [""]).encode())
-        draw_curves(self.rows, self.out / "losses.png")
+
+    def extra(self, write, *args):
+        """Write a log or a picture. If it cannot be written, as when a spreadsheet holds it, say so
+        once and go on: it is tried again the next time, and only a checkpoint may stop a run."""
+        try:
+            write(*args)
+        except (UserError, OSError) as error:
+            if str(error) not in self.told:
+                data_prep.warn(f"{error}; training goes on")
+            self.told.add(str(error))
 
     def save(self):
         """Write checkpoint.pt: all that a resumed run or play needs. Raises UserError on NaN."""
@@ -2002,5 +2017,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     import genie_mini                           # the module that extras/ import, not a second copy
-    sys.stdout.reconfigure(errors="replace")    # a path may hold letters that the terminal lacks
-    sys.exit(genie_mini.main())
+    data_prep.run(genie_mini.main)

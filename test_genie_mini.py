@@ -4397,6 +4397,45 @@ def test_status_and_stderr_of_genie_mini(tmp_path):
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
+# --- as a program ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["data_prep.py", "genie_mini.py"])
+def test_programs_run_in_a_notebook_and_outlive_their_reader(program, tmp_path):
+    """Failing means that %run, whose output is no file, ends in a traceback, or that `| head -1`
+    ends the work behind it."""
+    in_a_notebook = ("import contextlib, io, runpy, sys; sys.argv[1:] = ['--help']\n"
+                     "out = io.StringIO()\nwith contextlib.redirect_stdout(out):\n"
+                     f"    try: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\n"
+                     "    except SystemExit as end: assert not end.code, end.code\n"
+                     "assert 'usage' in out.getvalue()")
+    subprocess.run([sys.executable, "-c", in_a_notebook], check=True, cwd=ROOT)
+    read, write = os.pipe()
+    os.close(read)                                                      # nobody will ever read
+    order = {"data_prep.py": f"demo --minutes 1 -o {tmp_path / 'd.npz'}",
+             "genie_mini.py": "--help"}[program]
+    ended = subprocess.run([sys.executable, ROOT / program, *order.split()], stdout=write,
+                           stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_log_that_cannot_be_written_stops_no_run(demo_file, tmp_path, capsys, monkeypatch,
+                                                   gm=genie_mini):
+    """Failing means that metrics.csv open in a spreadsheet, or a picture held by a virus scanner,
+    ends hours of training."""
+    def held(*_):
+        raise PermissionError(13, "held by another program")
+    monkeypatch.setattr(gm, "draw_curves", held)
+    trainer = tiny_trainer(gm, demo_file, tmp_path, 0)
+    (tmp_path / "metrics.csv").mkdir()                                  # cannot be replaced
+    for step in (1, 2):
+        trainer.log({"stage": "tokenizer", "step": step}, 1.0)
+    said = capsys.readouterr().err
+    assert said.count("metrics.csv") == said.count("held by another") == 1, "told once"
+    assert len(trainer.rows) == 2
+
+
 # --- the notebooks ----------------------------------------------------------------------------
 
 NOTEBOOKS = sorted((Path(__file__).parent / "notebooks").glob("*.ipynb"))
