@@ -566,8 +566,10 @@ class VectorQuantizer(nn.Module):
     def reseed(self, z, codes, generator):
         """Move each of `codes` onto a vector of z drawn by the D^2 rule (none if all are codes)."""
         for code in codes:
-            weight = self.squared_distances(z).min(dim=1).values.cpu().double()
-            weight[weight < 1e-6] = 0                                   # rounding, not distance
+            # Of differences, which no GPU rounds to TF32: a copy of a live code must be known.
+            distance = (z[:, None] - self.codebook).pow(2).sum(2).min(dim=1).values     # (M,)
+            distance[distance < 1e-6 * z.pow(2).sum(1)] = 0
+            weight = distance.cpu().double()
             if weight.sum() == 0:
                 return
             pick = torch.multinomial(weight, 1, generator=generator).to(z.device)

@@ -1587,6 +1587,23 @@ def test_dead_code_never_copies_a_live_one(gm=genie_mini):
     assert quantizer.codebook.tolist() == CODES
 
 
+@pytest.mark.parametrize("length", [1, 3, 20, 400])
+def test_a_copy_of_a_code_is_known_at_any_length(length, gm=genie_mini):
+    """Failing means that rounding decides: among long vectors the distance of a copy from its code
+    is not 0 but some rounding error, so that a dead code is moved onto a live one."""
+    for seed in range(5):
+        quantizer = gm.VectorQuantizer(8, 16)
+        codes = torch.randn(7, 16, generator=gm.seeded(seed))
+        codes *= length / codes.norm(dim=1, keepdim=True)
+        quantizer.codebook[:7], quantizer.codebook[7] = codes, 2 * length
+        z = codes[torch.arange(700) % 7] * (1 + 1e-7)                   # as moving averages round
+        quantizer.reseed(z, torch.tensor([7]), gm.seeded(seed))
+        assert (quantizer.codebook[7] == 2 * length).all(), "moved, though nothing lacked a code"
+        z[5] *= 1.1
+        quantizer.reseed(z, torch.tensor([7]), gm.seeded(seed))
+        assert (quantizer.codebook[7] == z[5]).all(), "the only vector without a code"
+
+
 # --- MaskGIT sampling -----------------------------------------------------------------------
 
 
@@ -2805,8 +2822,8 @@ def test_presets_work(preset, gm=genie_mini):
 
 
 def test_every_setting_has_a_reason_and_a_range(gm=genie_mini):
-    """Failing means that --help leaves a setting unexplained, or does not show what each preset sets
-    it to, or that a typing error in a word or a negative number is taken."""
+    """Failing means that --help leaves a setting unexplained or does not show what each preset
+    makes of it, or that a typing error in a word or a negative number is taken."""
     fields = gm.dataclasses.fields(gm.Config)
     for name in ("train", "bench"):
         flags = {a.dest: a.help for a in gm.build_parser().commands[name]._actions}
@@ -3333,6 +3350,8 @@ BUGS = [
      test_codes_follow_a_moving_average, {}),
     ("only the last micro-batch learned", "self.seen.append((flat, indices))",
      "self.seen = [(flat, indices)]", test_codes_follow_a_moving_average, {}),
+    ("copies re-seeded", "distance[distance < 1e-6 * z.pow(2).sum(1)] = 0", "",
+     test_a_copy_of_a_code_is_known_at_any_length, {"length": 20}),
     ("dead codes never re-seeded", "(self.idle >= self.dead_after)", "(self.idle < 0)",
      test_dead_code_is_moved_onto_a_lonely_vector, {}),
     ("codes re-seeded too early", "(self.idle >= self.dead_after)",
@@ -3430,7 +3449,8 @@ BUGS = [
      "return self.observe(state, tokens, 0 * latent)",
      test_play_follows_the_inference_pipeline, {}),
     ("action off by one frame in training", "(0, 0, 1, 0)), actions]",
-     "(0, 0, 1, 0)), F.pad(actions[:, :-1], (0, 0, 1, 0))]", test_action_t_leads_to_frame_t_plus_1, {}),
+     "(0, 0, 1, 0)), F.pad(actions[:, :-1], (0, 0, 1, 0))]",
+     test_action_t_leads_to_frame_t_plus_1, {}),
     ("dynamics ignores its actions", "+ self.action(actions)[:, :, None]", "",
      test_dynamics_overfits, {}),
     ("masked tokens in view", "tokens.masked_fill(masked, self.codes)", "tokens",
@@ -3552,7 +3572,8 @@ BUGS = [
      test_lam_sees_rolled_clips, {}),
     ("rolled by pixels", "c.tok_patch * patches", "patches", test_lam_sees_rolled_clips, {}),
     ("loss over the masked tokens of a micro-batch",
-     "loss / ((1 + self.mask_min) / 2 * masked.numel())", "loss / masked.sum()", test_micro_batches_equal_one_big_batch, {"stage": 1}),
+     "loss / ((1 + self.mask_min) / 2 * masked.numel())", "loss / masked.sum()",
+     test_micro_batches_equal_one_big_batch, {"stage": 1}),
     ("optimizer forgotten on resuming", '{**self.optimizer.state_dict(), "state": moments}',
      "self.optimizer.state_dict()", test_resume_is_exact, {"stage": 0, "step": 3, "how": "stop"}),
     ("batches start anew on resuming", 'self.step, self.rows = checkpoint["step"],',
