@@ -1627,7 +1627,7 @@ def first_frames(args, genie, others=16):
         data = Path(args.data or genie.trained_on)                      # black and white as there
         meta = data_prep.load_meta(data) if data.is_file() else None
         return torch.from_numpy(data_prep.image_to_frame(args.image, meta))[None]
-    data, start = Sequences(find_data(args.data or genie.trained_on), args.split), args.start or 0
+    data, start = Sequences(find_data(args.data, genie.trained_on), args.split), args.start or 0
     if not 0 <= start < len(data):
         raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
     return data.frames([start, *spread(data, others)])[:, 0]
@@ -1812,9 +1812,11 @@ def load_run(args):
     return genie.to(pick_device(genie.config.device))
 
 
-def find_data(data):
-    """The data file named, or the demo world, which is rendered if need be."""
-    path = Path(data or DEMO_DATA)
+def find_data(data, trained_on=None):
+    """The data file named, or that of the run, or the demo world, which is rendered if need be."""
+    path = Path(data or trained_on or DEMO_DATA)
+    if not (data or path.exists() or path == DEMO_DATA):
+        raise UserError(f"the run's data, {path}, is not there: name it by --data")
     if RANK == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         data_prep.write_demo(path)
@@ -1859,7 +1861,7 @@ def prepare(args):
     if given_fields(args):
         raise UserError(f"--{next(iter(given_fields(args)))} cannot be given with --resume: a run"
                         " keeps its config; leave the flag out, or start another run")
-    trainer = Trainer(checkpoint["config"], find_data(args.data or checkpoint["data"]), args.out)
+    trainer = Trainer(checkpoint["config"], find_data(args.data, checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
     if RANK == 0 and used != path and path.exists():     # or else the next save would keep it in
         path.replace(path.with_suffix(".damaged.pt"))    # the place of the good one
@@ -1915,7 +1917,7 @@ def eval_command(args):
         if path is not None:
             data_prep.check_output(path, (suffix,), args.force)
     genie = load_run(args)
-    data = Sequences(find_data(args.data or genie.trained_on), args.split)
+    data = Sequences(find_data(args.data, genie.trained_on), args.split)
     result = evaluate(genie, data, args.count)
     print_table(result)
     if args.json is not None:

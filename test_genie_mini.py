@@ -4441,6 +4441,18 @@ def test_programs_run_in_a_notebook_and_outlive_their_reader(program, tmp_path):
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_run_whose_data_moved_says_what_to_name(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that resuming or evaluating a run whose data file has moved, or from another
+    folder, advises to make the data anew, not to say where it is."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path / "run", 1)
+    trainer.data = "gone/moved.npz"
+    trainer.save()
+    for command in ("train --resume --out", "eval --run", "play --actions 1 --out a.gif --run"):
+        with pytest.raises(gm.UserError, match="gone.moved.npz, is not there: name it by --data"):
+            args = gm.build_parser().parse([*command.split(), str(tmp_path / "run")])
+            args.function(args)
+
+
 def test_a_log_that_cannot_be_written_stops_no_run(demo_file, tmp_path, capsys, monkeypatch,
                                                    gm=genie_mini):
     """Failing means that metrics.csv open in a spreadsheet, or a picture held by a virus scanner,
