@@ -1838,7 +1838,8 @@ def given_fields(args):
 
 def make_config(args):
     """Config from the preset and the flags given. Raises UserError."""
-    given = {"preset": "full" if torch.cuda.is_available() else "laptop", **given_fields(args)}
+    cuda = torch.cuda.is_available() and args.device in (None, "auto", "cuda")
+    given = {"preset": "full" if cuda else "laptop", **given_fields(args)}
     config = Config(**{**PRESETS.get(given["preset"], {}), **given})
     check_config(config)
     return config
@@ -1858,10 +1859,14 @@ def prepare(args):
         raise UserError("--resume needs --out runs/NAME: which run should go on?")
     path = checkpoint_path(args.out)
     checkpoint, used = newest_checkpoint(path)
-    if given_fields(args):
-        raise UserError(f"--{next(iter(given_fields(args)))} cannot be given with --resume: a run"
-                        " keeps its config; leave the flag out, or start another run")
-    trainer = Trainer(checkpoint["config"], find_data(args.data, checkpoint["data"]), args.out)
+    given = given_fields(args)
+    for name in given:
+        if name not in ("device", "precision", "micro_batch"):          # where, not what, it learns
+            raise UserError(f"--{name} cannot be given with --resume: a run keeps its config; leave"
+                            " the flag out, or start another run")
+    config = dataclasses.replace(checkpoint["config"], **given)
+    check_config(config)
+    trainer = Trainer(config, find_data(args.data, checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
     if RANK == 0 and used != path and path.exists():     # or else the next save would keep it in
         path.replace(path.with_suffix(".damaged.pt"))    # the place of the good one

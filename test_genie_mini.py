@@ -4453,6 +4453,26 @@ def test_a_run_whose_data_moved_says_what_to_name(demo_file, tmp_path, gm=genie_
             args.function(args)
 
 
+def test_resuming_takes_what_changes_no_result(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that a run which ran out of memory, or has moved to another machine, cannot
+    follow the advice to resume it in smaller micro-batches or on another device."""
+    tiny_trainer(gm, demo_file, tmp_path / "run", 1).save()
+    args = gm.build_parser().parse(["train", "--resume", "--out", str(tmp_path / "run"),
+                                    *"--micro_batch 2 --device cpu --precision bfloat16".split()])
+    c = gm.prepare(args).c
+    assert (c.micro_batch, c.device, c.precision) == (2, "cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("cuda, flags, preset", [
+    (True, "", "full"), (True, "--device cuda", "full"), (True, "--device cpu", "laptop"),
+    (False, "", "laptop"), (True, "--preset smoke", "smoke")])
+def test_bare_train_suits_the_machine(cuda, flags, preset, monkeypatch, gm=genie_mini):
+    """Failing means that `train` alone takes a preset that its device would need months for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args = gm.build_parser().parse(["train", *flags.split()])
+    assert gm.make_config(args).preset == preset
+
+
 def test_a_log_that_cannot_be_written_stops_no_run(demo_file, tmp_path, capsys, monkeypatch,
                                                    gm=genie_mini):
     """Failing means that metrics.csv open in a spreadsheet, or a picture held by a virus scanner,
