@@ -1873,6 +1873,14 @@ def prepare(args):
     return trainer
 
 
+def sweep(out):
+    """Remove what a killed run was writing, and nothing that another program made."""
+    ours = r"\.(checkpoint\.pt|metrics\.csv|eval\.json|\w+\.png)\.\d+\.tmp"
+    for half in out.iterdir():
+        if re.fullmatch(ours, half.name):
+            half.unlink()
+
+
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
     join_ranks()
@@ -1880,8 +1888,7 @@ def train(args):
     c, out, genie = trainer.c, trainer.out, trainer.genie
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
-        for half in out.glob(".*.[0-9]*.tmp"):           # what a killed run was writing
-            half.unlink()
+        sweep(out)
         if not args.resume:
             trainer.save()                               # so that it can be resumed from step 0 on
     print(f"preset {c.preset} on {trainer.device}, data {trainer.data}, run in {out}\nparameters: "

@@ -4453,6 +4453,16 @@ def test_a_run_whose_data_moved_says_what_to_name(demo_file, tmp_path, gm=genie_
             args.function(args)
 
 
+def test_what_a_killed_run_left_is_swept(tmp_path, gm=genie_mini):
+    """Failing means that half-written files pile up in a run's folder, or a user's file is lost."""
+    left = [".checkpoint.pt.123.tmp", ".metrics.csv.7.tmp", ".rollout.png.99.tmp"]
+    kept = [".notes.2024.tmp", "checkpoint.pt", ".checkpoint.pt.tmp", "rollout.png.1.tmp"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    gm.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
 def test_resuming_takes_what_changes_no_result(demo_file, tmp_path, gm=genie_mini):
     """Failing means that a run which ran out of memory, or has moved to another machine, cannot
     follow the advice to resume it in smaller micro-batches or on another device."""
