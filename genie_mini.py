@@ -19,15 +19,15 @@ Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
-Contents: the tutorial, and (13 and 14) what it takes to run it, to skip at first
+Contents: the tutorial, and (13) what it takes to run it, to skip at first
      1  Config and presets               8  Dynamics model (MaskGIT)
      2  Where to compute                 9  Genie: joined, and played
      3  Data                            10  Training, stages 1 and 2
      4  ST-attention, ST-transformer    11  Evaluation
      5  Vector quantizer                12  Play
      6  Video tokenizer
-     7  Latent action model             13  Checkpoint files, 14  Command line
-What a reader does not need stands in extras/: bench, pictures, the play window.
+     7  Latent action model             13  Command line
+What a reader does not need stands in extras/: bench, checkpoint files, pictures, the play window.
 
 Where the paper is silent, this takes what was measured to learn; README's "How this differs from
 Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.
@@ -37,7 +37,6 @@ import atexit
 import copy
 import dataclasses
 import inspect
-import io
 import json
 import math
 import os
@@ -45,7 +44,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -961,7 +959,8 @@ class Genie(nn.Module):
     @staticmethod
     def load(path):
         """A trained Genie, ready to play, from a checkpoint file. Raises UserError."""
-        checkpoint, _ = newest_checkpoint(path)                         # section 13
+        from extras.checkpoints import newest_checkpoint
+        checkpoint, _ = newest_checkpoint(path)
         genie = Genie(checkpoint["config"])
         genie.load_state_dict(checkpoint["model"])
         genie.trained_on = checkpoint["data"]
@@ -1364,6 +1363,7 @@ class Trainer:
 
     def save(self):
         """Write checkpoint.pt: all that a resumed run or play needs. Raises UserError on NaN."""
+        from extras.checkpoints import finite, save_checkpoint
         if not finite(self.genie.state_dict().values()):
             raise UserError(f"the weights hold NaN or infinity at step {self.step}: not saved;"
                             f" {self.out} keeps its last good checkpoint; try a lower --lr")
@@ -1378,6 +1378,7 @@ class Trainer:
 
         Of the optimizer it takes the moments; the settings are those of the config.
         """
+        from extras.checkpoints import moments_fit
         if checkpoint["data_checksum"] != self.train_set.checksum():
             raise UserError(f"{self.data} is not the video that this run began on: name that one"
                             " with --data, or start another run with another --out")
@@ -1662,129 +1663,7 @@ def play(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13  Checkpoint files
-#
-# Problem: a crash, or a full disk, can come while a checkpoint is written; and a file that somebody
-# sends you can claim anything. So two checkpoints are kept, each written under another name first,
-# and what is read is weighed before it is used. Nothing in this section learns.
-
-
-def previous(path):
-    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.pt."""
-    return Path(path).with_suffix(".previous.pt")
-
-
-def save_checkpoint(path, contents):
-    """Write to a temporary name, then rename, and keep the one before: however a crash or a full
-    disk cuts this short, one of the two is whole."""
-    buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
-    torch.save(contents, buffer)
-    with data_prep.written_whole(path, keep=previous(path)) as file:
-        file.write(buffer.getbuffer())
-
-
-def kind(tensor):
-    """What two tensors must share for one to be copied onto the other. Weights may be shared in
-    half precision, so that any floating-point type fits any other."""
-    return type(tensor) is torch.Tensor and (
-        tensor.shape, tensor.layout, tensor.is_floating_point() or tensor.dtype)
-
-
-def finite(tensors):
-    """Is every number in them one? (Those on "meta" have none: a hostile file may hold such.)"""
-    return all(not t.is_meta and torch.isfinite(t).all() for t in tensors)
-
-
-def moments_fit(moments, parameters):
-    """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
-    return isinstance(moments, dict) and all(
-        i in range(len(parameters)) and isinstance(m, dict)
-        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
-        and kind(m["step"]) == kind(torch.tensor(0.0))
-        and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
-        and finite(m.values())
-        for i, m in moments.items())
-
-
-def check_contents(checkpoint, size):
-    """Judge what a checkpoint file of `size` bytes holds. Returns its Config. Raises UserError.
-
-    Nothing that the file declares is built or allocated before it is known to be in the file.
-    """
-    types = {"version": int, "config": dict, "data": str, "data_checksum": int, "stage": int,
-             "step": int, "rows": list, "model": dict, "optimizer": (dict, type(None))}
-    if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
-            checkpoint["version"] != VERSION):
-        raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")
-    wrong = [name for name in types if not isinstance(checkpoint.get(name), types[name])]
-    if wrong:
-        raise UserError(f"it is incomplete: {', '.join(wrong)} missing or mistyped")
-    values, types = checkpoint["config"], {f.name: f.type for f in dataclasses.fields(Config)}
-    if set(values) != set(types) or any(type(values[name]) is not types[name] for name in types):
-        raise UserError("its config has missing, unknown or mistyped fields, so another version"
-                        " wrote it")
-    config = Config(**values)
-    check_config(config)
-    with torch.device("meta"):                                          # shapes without memory
-        wanted = Genie(config).state_dict()
-    weights = checkpoint["model"]
-    if {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()} or (
-            sum(t.nbytes for t in weights.values()) > size):
-        raise UserError("its weights do not fit its own config")
-    if not finite(weights.values()):
-        raise UserError("its weights hold NaN or infinity")
-    if not (0 <= checkpoint["stage"] <= len(STAGES) and checkpoint["step"] >= 0 and all(
-            isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
-            and {type(v) for n, v in row.items() if n != "stage"} <= {int, float}
-            for row in checkpoint["rows"])):
-        raise UserError("its position or its log makes no sense")
-    return config
-
-
-def read_checkpoint(path):
-    """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
-
-    A file from a stranger may hold numbers and text, never code (weights_only). Sizes and checksums
-    come first, since torch.load looks at neither; mmap keeps it from reading beyond the file, and
-    deepcopy then brings into memory what the file really holds.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
-                        " train")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data_prep.check_sizes(archive)
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
-                                              mmap=True))
-    except Exception as error:                       # torch raises many kinds on a damaged file
-        raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
-                        f" ({type(error).__name__}); train again or use another file") from None
-    try:
-        checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
-    except (UserError, ValueError, RuntimeError) as error:     # numbers too long, types too odd
-        raise UserError(f"{path} cannot be used: {error}; train again or use another file"
-                        ) from None
-    return checkpoint
-
-
-def newest_checkpoint(path):
-    """A run's checkpoint, or the one before it where that is damaged or gone; and its path."""
-    try:
-        return read_checkpoint(path), path
-    except UserError as error:
-        try:
-            checkpoint = read_checkpoint(previous(path))
-        except UserError:                                # nothing to fall back on
-            raise error from None
-        data_prep.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
-                       f" {checkpoint['stage'] + 1}, step {checkpoint['step']}")
-        return checkpoint, previous(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# 14  Command line
+# 13  Command line
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
@@ -1847,6 +1726,7 @@ def make_config(args):
 
 def prepare(args):
     """The Trainer of a new run, or of the run to resume. Raises UserError."""
+    from extras.checkpoints import newest_checkpoint, previous
     if not args.resume:
         config = make_config(args)
         out = Path(args.out or f"runs/{config.preset}")

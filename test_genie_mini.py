@@ -50,7 +50,7 @@ from torch import nn
 
 import data_prep as dp
 import genie_mini
-from extras import bench, pictures
+from extras import bench, checkpoints, pictures
 from extras import window as window_module
 
 # --- helpers: videos whose every frame carries its own number --------------------------------
@@ -2589,7 +2589,7 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
         finished = False
     assert finished == (interrupt is None)
     if not finished:
-        checkpoint = gm.read_checkpoint(out / "checkpoint.pt")
+        checkpoint = checkpoints.read_checkpoint(out / "checkpoint.pt")
         trainer = tiny_trainer(gm, data, out, **TINY_RUN)
         trainer.resume(checkpoint)
         assert trainer.run()
@@ -2652,13 +2652,13 @@ def test_a_killed_run_goes_on_exactly(demo_file, tmp_path, whole_run, monkeypatc
     killed = subprocess.run([sys.executable, "-c", KILLED, name, str(call), demo_file, out],
                             cwd=Path(__file__).parent, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
-    checkpoint, used = gm.newest_checkpoint(out / "checkpoint.pt")
+    checkpoint, used = checkpoints.newest_checkpoint(out / "checkpoint.pt")
     assert (used == out / "checkpoint.pt") == (name != "checkpoint.pt")
     trainer = tiny_trainer(gm, demo_file, out, **TINY_RUN)
     trainer.resume(checkpoint)
     assert trainer.run()
     whole, log = whole_run
-    again = gm.read_checkpoint(out / "checkpoint.pt")
+    again = checkpoints.read_checkpoint(out / "checkpoint.pt")
     assert all((whole["model"][n] == again["model"][n]).all() for n in whole["model"])
     assert (out / "metrics.csv").read_text(encoding="utf-8") == log
 
@@ -2717,7 +2717,7 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
     for text in ("parameters: ", "stopped and saved"):
         assert run.stdout.count(text) == 1, f"rank 0 alone speaks\n{run.stderr}"
-    checkpoint = genie_mini.read_checkpoint(tmp_path / "two" / "checkpoint.pt")
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "two" / "checkpoint.pt")
     assert (checkpoint["stage"], checkpoint["step"]) == (1, 2)
 
     trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
@@ -3167,7 +3167,7 @@ def rewrite(path, kind):
 def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
     """Failing means that a damaged or hostile file is used, runs code, or ends in a traceback."""
     path, contents = tmp_path / "checkpoint.pt", good_checkpoint(gm)
-    gm.save_checkpoint(path, contents)
+    checkpoints.save_checkpoint(path, contents)
     assert gm.Genie.load(path).config == tiny(gm), "the good one must load"
     spoil(contents, kind, tmp_path)
     torch.save([1] if kind == "list" else contents, path)
@@ -3204,7 +3204,7 @@ def test_checkpoint_gives_back_what_was_saved(tmp_path, gm=genie_mini):
     """Failing means that a trained model changes by being saved and loaded."""
     genie = tiny_genie(gm)
     contents = {**good_checkpoint(gm), "model": genie.state_dict()}
-    gm.save_checkpoint(tmp_path / "c.pt", contents)
+    checkpoints.save_checkpoint(tmp_path / "c.pt", contents)
     loaded, first = gm.Genie.load(tmp_path / "c.pt"), random_frames(1)
     actions = torch.tensor([[1, 2, 3]])
     assert not loaded.training
@@ -3212,7 +3212,7 @@ def test_checkpoint_gives_back_what_was_saved(tmp_path, gm=genie_mini):
             == genie.rollout(first, actions, gm.seeded(0))).all()
     half = {name: t.half() if t.is_floating_point() else t              # as in assets/demo.pt
             for name, t in genie.state_dict().items()}
-    gm.save_checkpoint(tmp_path / "c.pt", {**contents, "model": half})
+    checkpoints.save_checkpoint(tmp_path / "c.pt", {**contents, "model": half})
     loaded = weights_of(gm.Genie.load(tmp_path / "c.pt"))
     assert all(loaded[name].dtype != torch.half and (loaded[name] == half[name]).all()
                for name in half)
@@ -3221,10 +3221,10 @@ def test_checkpoint_gives_back_what_was_saved(tmp_path, gm=genie_mini):
 def test_saving_is_all_or_nothing(tmp_path, gm=genie_mini):
     """Failing means that a crash while saving destroys the checkpoint of a day's training."""
     path = tmp_path / "checkpoint.pt"
-    gm.save_checkpoint(path, {"a": torch.ones(3)})
+    checkpoints.save_checkpoint(path, {"a": torch.ones(3)})
     before = path.read_bytes()
     with pytest.raises(Exception):
-        gm.save_checkpoint(path, {"a": torch.zeros(9), "b": lambda: "cannot be pickled"})
+        checkpoints.save_checkpoint(path, {"a": torch.zeros(9), "b": lambda: "cannot be pickled"})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -3234,16 +3234,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, gm=genie_mini):
     resource = pytest.importorskip("resource")                          # not on Windows
     path = tmp_path / "checkpoint.pt"
     for i in range(2):
-        gm.save_checkpoint(path, {"a": torch.full((3,), i)})
+        checkpoints.save_checkpoint(path, {"a": torch.full((3,), i)})
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(Exception) as caught:
-            gm.save_checkpoint(path, {"a": torch.zeros(100_000)})
+            checkpoints.save_checkpoint(path, {"a": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
-    assert sorted(tmp_path.iterdir()) == [gm.previous(path), path]
+    assert sorted(tmp_path.iterdir()) == [checkpoints.previous(path), path]
     assert caught.type is gm.UserError and "File too large" in str(caught.value)
 
 
@@ -3256,7 +3256,7 @@ def test_a_wrong_optimizer_state_is_refused(demo_file, tmp_path, change, gm=geni
     trainer = tiny_trainer(gm, demo_file, tmp_path)
     trainer.optimizer_step()
     trainer.save()
-    checkpoint = gm.read_checkpoint(tmp_path / "checkpoint.pt")
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "checkpoint.pt")
     trainer.resume(checkpoint)
     change(checkpoint["optimizer"]["state"])
     with pytest.raises(gm.UserError, match="does not fit"):
@@ -3268,12 +3268,12 @@ def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
     """Failing means that a damaged checkpoint ends in a traceback, or is read as another one; or
     that a Config of random values does."""
     path, rng, contents = tmp_path / "checkpoint.pt", np.random.default_rng(0), good_checkpoint(gm)
-    gm.save_checkpoint(path, contents)
+    checkpoints.save_checkpoint(path, contents)
     data, refused = path.read_bytes(), 0
     for _ in range(cases):
         path.write_bytes(fuzzed(data, rng))
         try:
-            weights = gm.read_checkpoint(path)["model"]
+            weights = checkpoints.read_checkpoint(path)["model"]
         except gm.UserError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -3288,7 +3288,7 @@ def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
         for name in rng.choice(names, rng.integers(1, 4)):
             config[str(name)] = strange[rng.integers(len(strange))]
         try:
-            gm.check_contents({**contents, "config": config}, len(data))
+            checkpoints.check_contents({**contents, "config": config}, len(data))
         except gm.UserError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -3600,6 +3600,14 @@ BUGS = [
     ("rollout compared one frame off", "x[:, 1:actions.shape[1] + 1]) for k",
      "x[:, :actions.shape[1]]) for k",
      test_evaluation_of_a_perfect_world, {}),
+    ("a run-away loss goes on", "loss < self.EXPLODED and norm < math.inf", "norm < math.inf",
+     test_diverging_training_says_so, {}),
+    ("NaN saved over good weights", "if not finite(self.genie.state_dict().values()):",
+     "if False:", test_diverging_training_says_so, {}),
+]
+
+
+CHECKPOINT_BUGS = [
     ("checkpoints may run code", "weights_only=True", "weights_only=False", test_bad_checkpoint,
      {"kind": "payload"}),
     ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
@@ -3616,10 +3624,6 @@ BUGS = [
     ("checkpoint written in place",
      "with data_prep.written_whole(path, keep=previous(path)) as file:",
      'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
-    ("a run-away loss goes on", "loss < self.EXPLODED and norm < math.inf", "norm < math.inf",
-     test_diverging_training_says_so, {}),
-    ("NaN saved over good weights", "if not finite(self.genie.state_dict().values()):",
-     "if False:", test_diverging_training_says_so, {}),
 ]
 
 
@@ -3723,6 +3727,22 @@ def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, monkeypa
     name, module = ("bench", bench) if "bench" in needs else ("window_module", window_module)
     with pytest.raises(AssertionError):
         test(**given, **arguments, **{name: mutant(old, new, module)})
+
+
+@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in CHECKPOINT_BUGS],
+                         ids=[bug[0] for bug in CHECKPOINT_BUGS])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_planted_bug_in_the_checkpoints_is_caught(old, new, test, arguments, tmp_path,
+                                                  monkeypatch):
+    """Failing means the same as test_planted_bug_is_caught, for extras/checkpoints.py."""
+    broken = mutant(old, new, checkpoints)
+    monkeypatch.setitem(globals(), "checkpoints", broken)
+    monkeypatch.setitem(sys.modules, "extras.checkpoints", broken)
+    fixtures = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    needs = inspect.signature(test).parameters
+    given = {name: value for name, value in fixtures.items() if name in needs}
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test(**given, **arguments)
 
 
 @pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in DATA_BUGS],
@@ -4107,7 +4127,7 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
     assert genie_mini.main(["train", "--preset", "smoke", "--data", str(data), *TRAIN_STEPS,
                             "--out", str(out)]) == status
     assert f'--resume --out "{out}"' in capsys.readouterr().out
-    stopped = genie_mini.read_checkpoint(out / "checkpoint.pt")
+    stopped = checkpoints.read_checkpoint(out / "checkpoint.pt")
     assert (stopped["stage"], stopped["step"]) == (1, 3), "the step was finished, and saved"
     newest = out / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[:5000])
@@ -4116,7 +4136,7 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
     assert genie_mini.main(["train", "--resume", "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("Taking the one before it") == 2
     assert newest.with_suffix(".damaged.pt").stat().st_size == 5000
-    ends = [genie_mini.read_checkpoint(run / "checkpoint.pt")["model"]
+    ends = [checkpoints.read_checkpoint(run / "checkpoint.pt")["model"]
             for run in (out, workspace / "run")]
     assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
     assert (out / "metrics.csv").read_bytes() == (workspace / "run/metrics.csv").read_bytes()
