@@ -1855,6 +1855,20 @@ def test_batched_play_equals_playing_alone(gm=genie_mini):
     for i in range(3):
         alone = genie.rollout(first[i:i + 1], actions[i:i + 1], gm.seeded(0))[0]
         assert (together[i] == alone).all()
+    genie, calls = tiny_genie(gm, maskgit_steps=3), []                  # and with an order, each
+    forward = genie.dynamics.forward                                    # pass from the same tokens
+
+    def recorded(*given):
+        calls.append((given, forward(*given)))
+        return calls[-1][1]
+    genie.dynamics.forward = recorded
+    genie.rollout(first, actions, gm.seeded(0))
+    assert len(calls) == 1 + 5 * 4                                      # 3 passes, and to remember
+    for (tokens, masked, led, past), (logits, _) in calls:
+        for i in range(3):
+            own = past and [[x.unflatten(0, (3, -1))[i] for x in kv] for kv in past]
+            alone, _ = forward(tokens[i:i + 1], masked[i:i + 1], led[i:i + 1], own)
+            assert close(alone[0], logits[i], 1e-5)
 
 
 @pytest.mark.parametrize("T, known", [(2, 1), (4, 3), (16, 5)])
