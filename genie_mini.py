@@ -34,6 +34,7 @@ Genie" lists it. The `full` preset is the card of this project: Genie at small s
 """
 
 import atexit
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -43,6 +44,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -1761,6 +1763,21 @@ def sweep(out):
             half.unlink()
 
 
+@contextlib.contextmanager
+def stopped_by_signals(trainer):
+    """Within, Ctrl-C and SIGTERM let the trainer finish its step and save; after, they just end the
+    program. A thread of somebody's program gets no signals, and may set none."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda n, _: setattr(trainer, "stop", n))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
     join_ranks()
@@ -1776,15 +1793,10 @@ def train(args):
                       for name, part in genie.named_children())
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
-    before = {number: signal.signal(number, lambda caught, _: setattr(trainer, "stop", caught))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stopped_by_signals(trainer):
         finished = trainer.run()
         if RANKS > 1:
             dist.barrier()                               # torchrun ends all when the first one ends
-    finally:                                             # from here on Ctrl-C just ends it
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if not finished:
         print(f'stopped and saved; go on with: python genie_mini.py train --resume --out "{out}"')
         return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
@@ -1798,6 +1810,8 @@ def train(args):
     count = min(c.val_sequences, len(test))
     print(f"\non {count} sequences of the test split (also in {out / 'eval.json'}):")
     print_table(result)
+    print(f"\nLook at rollout.png, buttons.png and losses.png in {out}; then play it:\n"
+          f'    python genie_mini.py play --run "{out}"')
     return 0
 
 
