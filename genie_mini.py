@@ -1553,7 +1553,8 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     marginal = torch.bincount(chosen.flatten(), minlength=genie.config.num_actions).float()
 
     def work(x, i):
-        """Wrong pixels of a batch: 4 rollouts (B, 15 or t), 2 one-step runs and copying (B, 15)."""
+        """Wrong pixels of a batch: 4 rollouts (B, 15 or t), 2 one-step runs, and copying the frame
+        before or the first (B, 15)."""
         inferred = genie.watch(x)[2]                                    # (B, 15)
         draw = [torch.multinomial(weights, inferred.numel(), True, generator=seeded(seed, i))
                 for weights in ((marginal > 0).float(), marginal)]
@@ -1563,16 +1564,18 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
                         x[:, 1:actions.shape[1] + 1]) for k, actions in enumerate(plans)]
         single = [wrong(one_step(genie, x, actions, seeded(seed, i, 9)), x[:, 1:])
                   for actions in (inferred, uniform)]
-        return *rolled, *single, wrong(x[:, :-1], x[:, 1:])
+        return *rolled, *single, wrong(x[:, :-1], x[:, 1:]), wrong(x[:, :1], x[:, 1:])
 
-    rolled, null, uniform, usual, *single = over_batches(genie, data, indices, work)
+    rolled, null, uniform, usual, *single, still = over_batches(genie, data, indices, work)
     best, null, uniform, usual = (psnr(w[:, t - 1].mean().item())
                                   for w in (rolled, null, uniform, usual))
     names = ("wrong_pixels_inferred", "wrong_pixels_random", "wrong_pixels_copy")
     return {"psnr_inferred": best, "psnr_random": uniform, "delta_psnr": best - uniform,
             "delta_psnr_null": best - null, "delta_psnr_marginal": best - usual,
             **{name: w.mean().item() for name, w in zip(names, single)},
-            "rollout_wrong_pixels": {str(n): rolled[:, n - 1].mean().item() for n in (4, 8, 15)}}
+            "rollout_wrong_pixels": {str(n): rolled[:, n - 1].mean().item() for n in (4, 8, 15)},
+            "rollout_wrong_pixels_copy": {str(n): still[:, n - 1].mean().item()
+                                          for n in (4, 8, 15)}}
 
 
 def evaluate(genie, data, count):

@@ -3006,6 +3006,7 @@ def test_evaluation_of_a_perfect_world(demo_file, gm=genie_mini):
     result = gm.evaluate_dynamics(genie, data, indices)
     still = (video[:, :1] != video[:, 4:5]).sum((-2, -1)).float().mean().item()
     assert result["rollout_wrong_pixels"] == {"4": 0.0, "8": 0.0, "15": 0.0}
+    assert result["rollout_wrong_pixels_copy"]["4"] == pytest.approx(still)
     assert result["psnr_inferred"] == gm.psnr(0) and result["delta_psnr_null"] == 0
     assert result["psnr_random"] == pytest.approx(gm.psnr(still), abs=0.5)
 
@@ -3812,7 +3813,7 @@ FIELDS = {
             "accuracy_chance"},
     "dynamics": {"psnr_inferred", "psnr_random", "delta_psnr", "delta_psnr_null",
                  "wrong_pixels_inferred", "wrong_pixels_random", "wrong_pixels_copy",
-                 "rollout_wrong_pixels"},
+                 "rollout_wrong_pixels", "rollout_wrong_pixels_copy"},
     "world": {"one_hero", "walls_kept"}}
 
 
