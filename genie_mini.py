@@ -145,7 +145,7 @@ PRESETS = {
     # holds 15 steps, so one clip a step is enough, and many short steps learn faster than few.
     "memory": dict(
         tok_dim=64, tok_layers=2, tok_unquantized=250, tok_steps=800, lam_dim=128, lam_layers=2,
-        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=2400, temperature=0.1,
+        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=3200, temperature=0.1,
         order_noise=0.0, mask_schedule="adaptive", batch=1, micro_batch=1, lr=1e-3, min_lr=1e-4,
         warmup=100, beta2=0.99, val_every=400, val_sequences=32),
     # Everything in a minute or two, for tests; it learns next to nothing.
