@@ -1310,13 +1310,13 @@ class Trainer:
             quantizer.start(quantizer.sample(self.latents(), generator), generator)
         if self.stage == 0:
             result = evaluate_tokenizer(genie, self.val_set, some)
-            self.extra(draw_reconstruction, genie, self.val_set, some,
-                       self.out / "reconstruction.png")
+            self.unless_held(draw_reconstruction, genie, self.val_set, some,
+                             self.out / "reconstruction.png")
         else:
             result = evaluate_lam(genie, self.val_set, some)
             result["dynamics_loss"], shuffled = self.validation_loss(some)
             result["action_ratio"] = shuffled / result["dynamics_loss"]
-            self.extra(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
+            self.unless_held(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
         quantizer.load_state_dict(before)
         for trouble in troubles(result, self.stage):
             print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
@@ -1344,8 +1344,8 @@ class Trainer:
         print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
               f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
               f"  ETA {seconds_per_step * (self.total - self.step) / 60:.1f} min", flush=True)
-        self.extra(self.write_metrics)
-        self.extra(draw_curves, self.rows, self.out / "losses.png")
+        self.unless_held(self.write_metrics)
+        self.unless_held(draw_curves, self.rows, self.out / "losses.png")
 
     def write_metrics(self):
         lines = [",".join(self.COLUMNS)] + [
@@ -1353,7 +1353,7 @@ class Trainer:
         with data_prep.written_whole(self.out / "metrics.csv") as file:
             file.write("\n".join(lines + [""]).encode())
 
-    def extra(self, write, *args):
+    def unless_held(self, write, *args):
         """Write a log or a picture. If it cannot be written, as when a spreadsheet holds it, say so
         once and go on: it is tried again the next time, and only a checkpoint may stop a run."""
         try:

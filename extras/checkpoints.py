@@ -1,9 +1,9 @@
 """Checkpoint files: written so that a crash loses none, and weighed before they are used.
 
 A crash, or a full disk, can come while a checkpoint is written; and a file that somebody sends you
-can claim anything. So two checkpoints are kept, each written under another name first, and nothing
-that a file declares is built or allocated before it is known to be in the file. Nothing here
-learns; genie_mini.py saves, resumes and loads by it.
+can claim anything. So two checkpoints are kept, each written under another name first, and what is
+read is weighed before it is used. Nothing here learns; genie_mini.py saves, resumes and loads by
+it.
 """
 
 import copy
