@@ -258,7 +258,7 @@ class Sequences:
 
     def frames(self, indices, first=0, length=CLIP):
         """Sequences `indices` from frame `first`: (B, length, 64, 64) uint8 of 0 and 1."""
-        packed = self.bits[np.asarray(indices), first:first + length]
+        packed = self.bits[indices, first:first + length]
         return torch.from_numpy(np.unpackbits(packed, axis=-1))
 
     def draw(self, seed, stage, step, size, length):
@@ -296,23 +296,22 @@ def spread(data, count):
 
 
 def rotary(positions, pairs):
-    """Angles of each channel pair at each position, as cos and sin: (..., S) -> (..., S, pairs, 2).
+    """What turns each channel pair at each position: (..., S) -> complex numbers (..., S, pairs).
 
     Rotary positions (Su et al. 2021): rotate each pair of channels of q and k by position times
-    frequency. Then q . k depends on the *difference* of positions: what is learned at one place
-    holds at every place. Frequencies run from pi (tells neighbours apart) to pi/16 (spans our
-    16 x 16 grid).
+    frequency: taken as a complex number, multiply it by e^(i angle). Then q . k depends on the
+    *difference* of positions: what is learned at one place holds at every place. Frequencies run
+    from pi (tells neighbours apart) to pi/16 (spans our 16 x 16 grid).
     """
     frequencies = math.pi * (1 / 16) ** (torch.arange(pairs) / max(1, pairs - 1))
     angles = positions[..., None].float() * frequencies.to(positions.device)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, table):
-    """Rotate the channel pairs (0, 1), (2, 3) ... of x (..., S, e) by a table (S, e/2, 2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                          # each (..., S, e/2)
-    cos, sin = table.to(x.dtype).unbind(-1)                             # each (S, e/2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    """Rotate the channel pairs (0, 1), (2, 3) ... of x (..., S, e) by a table (S, e/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))     # (..., S, e/2)
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -320,7 +319,7 @@ class Attention(nn.Module):
 
     softmax(q k^T / sqrt(e)) v for each of h heads: the one piece that serves space (S = the patches
     of a frame, all visible) and time (S = the frames of a patch, the later ones hidden). `table`
-    (S, e/2, 2) holds the rotary positions.
+    (S, e/2) holds the rotary positions.
     """
 
     def __init__(self, dim, heads, table, causal):
@@ -344,13 +343,13 @@ class Attention(nn.Module):
         """
         M, S, D = x.shape
         qkv = self.qkv(x).view(M, S, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # each (M, h, S, e)
+        qk, (v,) = qkv.permute(2, 0, 3, 1, 4).split([2, 1])             # v (M, h, S, e)
         begin = 0 if past is None else past[0].shape[2]                 # position of x's first
         table = self.table[begin:begin + S]
         visible = None if self.visible is None else self.visible[begin:begin + S, :begin + S]
         if layout is not None:
             table, visible = self.table[layout[0]], layout[1]
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = rotate(qk, table)                                        # each (M, h, S, e)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         # One call, in which PyTorch never writes the S x S table to memory. On a CPU, forward and
@@ -373,8 +372,8 @@ def start_on_neighbours(attention, strength=1.8):
     bias[1, :, :, 0] = strength                                         # k: (cos, sin) = (1, 0)
     for head in range(heads):
         step = [(-1, 0), (1, 0), (0, -1), (0, 1)][head % 4]
-        back = torch.cat([rotary(torch.tensor(-s), pairs) for s in step])       # (e/2, 2)
-        bias[0, head] = strength * back * torch.tensor([1, -1])
+        back = torch.cat([rotary(torch.tensor(s), pairs) for s in step])        # (e/2,)
+        bias[0, head] = strength * torch.view_as_real(back)
 
 
 class STBlock(nn.Module):
@@ -390,7 +389,7 @@ class STBlock(nn.Module):
             # Space: half of the channel pairs rotate with the row, the other half with the column.
             pairs = dim // heads // 4
             row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-            place = torch.cat([rotary(row, pairs), rotary(col, pairs)], dim=-2)     # (N, e/2, 2)
+            place = torch.cat([rotary(row, pairs), rotary(col, pairs)], dim=-1)     # (N, e/2)
             self.space, self.norm_space = Attention(dim, heads, place, False), nn.LayerNorm(dim)
             start_on_neighbours(self.space)
             when = rotary(torch.arange(CLIP), dim // heads // 2)        # no clip is longer
@@ -462,6 +461,11 @@ def unpatchify(x, patch):
 # proportion to its squared distance from the nearest code, so a copy of a live code never wins):
 # the codebook starts by k-means on encoder outputs, and a code that nobody chose for long is
 # re-seeded.
+#
+# A codebook with codes to spare has the opposite failure: two codes share a cluster, and which one
+# a patch of wall gets depends on a hair. To the tokenizer that is all one. But the dynamics model
+# must predict symbols, and cannot foresee which of two names the same thing will have. So of codes
+# about equally near the first is taken, always the same one, and the spare ones rest.
 
 
 class VectorQuantizer(nn.Module):
@@ -471,12 +475,14 @@ class VectorQuantizer(nn.Module):
     codebook starts on the encoder outputs of that moment.
     """
 
-    def __init__(self, codes, dim, decay=0.99, dead_after=100, commitment=0.25, unquantized=0):
+    def __init__(self, codes, dim, decay=0.99, dead_after=100, commitment=0.25, unquantized=0,
+                 alike=0.0):
         """commitment: weight of its loss (VQ-VAE, section 3.2); decay: of the moving averages;
-        dead_after: re-seed a code that no vector chose for so many steps."""
+        dead_after: re-seed a code that no vector chose for so many steps; alike: a difference of
+        squared distances that counts for nothing, as a share of the codebook's variance."""
         super().__init__()
         self.decay, self.dead_after, self.commitment = decay, dead_after, commitment
-        self.unquantized = unquantized
+        self.unquantized, self.alike = unquantized, alike
         self.register_buffer("codebook", torch.zeros(codes, dim))       # (K, L)
         self.register_buffer("ema_count", torch.ones(codes))            # vectors that chose a code
         self.register_buffer("ema_sum", torch.zeros(codes, dim))        # and their sum
@@ -490,12 +496,21 @@ class VectorQuantizer(nn.Module):
         d = z.pow(2).sum(1, keepdim=True) - 2 * z @ self.codebook.T + self.codebook.pow(2).sum(1)
         return d.clamp_min(0)
 
+    def negligible(self):
+        """The squared distance that is next to nothing in this codebook, a scalar."""
+        return self.alike * self.codebook.var(0).sum()
+
+    def nearest(self, z):
+        """The code of each vector: z (M, L) -> (M,). Of those about as near as any, the first."""
+        d = self.squared_distances(z)
+        return (d <= d.min(dim=1, keepdim=True).values + self.negligible()).int().argmax(dim=1)
+
     def forward(self, z):
         """z (..., L) -> quantized (..., L), indices (...), commitment loss (a scalar)."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.detach().reshape(-1, z.shape[-1])                  # (M, L)
-            indices = self.squared_distances(flat).argmin(dim=1)        # (M,)
+            indices = self.nearest(flat)                                # (M,)
             if self.training:
                 self.seen.append((flat, indices))
             indices = indices.view(z.shape[:-1])
@@ -554,8 +569,7 @@ class VectorQuantizer(nn.Module):
         self.codebook[:] = z[first.to(z.device)]
         self.reseed(z, torch.arange(1, len(self.codebook)), generator)
         for _ in range(10):
-            nearest = self.squared_distances(z).argmin(dim=1)           # (M,)
-            count, total = self.totals(z, nearest)                      # (K,), (K, L)
+            count, total = self.totals(z, self.squared_distances(z).argmin(1))  # (K,), (K, L)
             moved = count > 0                                           # (K,)
             self.codebook[moved] = total[moved] / count[moved, None]
         self.ema_sum.copy_(self.codebook)                               # as if each had been chosen
@@ -568,7 +582,7 @@ class VectorQuantizer(nn.Module):
         for code in codes:
             # Of differences, which no GPU rounds to TF32: a copy of a live code must be known.
             distance = (z[:, None] - self.codebook).pow(2).sum(2).min(dim=1).values     # (M,)
-            distance[distance < 1e-6 * z.pow(2).sum(1)] = 0
+            distance[distance < 1e-6 * z.pow(2).sum(1) + self.negligible()] = 0
             weight = distance.cpu().double()
             if weight.sum() == 0:
                 return
@@ -604,7 +618,7 @@ class VideoTokenizer(nn.Module):
         self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
-        self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim,
+        self.quantizer = VectorQuantizer(c.tok_codes, c.latent_dim, alike=0.05,
                                          unquantized=min(c.tok_unquantized, c.tok_steps // 2))
         self.from_latent = nn.Linear(c.latent_dim, c.tok_dim)
         self.decoder = STTransformer(*shape)
@@ -671,7 +685,7 @@ class LatentActionModel(nn.Module):
         """
         x = pixels(frames)
         if shifts is not None:
-            x = torch.stack([clip.roll(shift.tolist(), (1, 2)) for clip, shift in zip(x, shifts)])
+            x = torch.stack([clip.roll(by, (1, 2)) for clip, by in zip(x, shifts.tolist())])
         if self.view == "frames":                                       # as in the paper
             x, _ = self.encoder(self.embed(patchify(x, self.patch)))    # (B, T, N, D)
             return self.quantizer(self.to_latent(x[:, 1:].mean(dim=2)))     # at t+1 it has seen t+1
@@ -1128,6 +1142,7 @@ class Trainer:
         self.device = pick_device(config.device)
         self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
         self.quiet = quiet_level(self.train_set)
+        self.encoded_at_once = 32 if self.device.type == "cuda" else 1  # a CPU gains nothing by it
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
@@ -1156,13 +1171,14 @@ class Trainer:
     def tokens_of(self, picks):
         """The tokens of these training sequences, (B, 16, N) uint8: frozen, so computed only once.
 
-        Each frame's tokens have seen the frames before it in its sequence, as in evaluation. One
-        sequence at a time: on a CPU as fast as many, and the same in whatever batch it is drawn.
+        Each frame's tokens have seen the frames before it in its sequence, as in evaluation. A
+        sequence is encoded with the same neighbours in whatever batch it is drawn.
         """
-        for i in picks:
-            if not self.encoded[i]:
-                x = self.train_set.frames([i]).to(self.device)          # (1, 16, 64, 64)
-                self.tokens[i], self.encoded[i] = self.genie.tokenizer.encode(x)[1][0], True
+        size = self.encoded_at_once
+        for i in {pick - pick % size for pick in picks if not self.encoded[pick]}:
+            x = self.train_set.frames(slice(i, i + size)).to(self.device)   # (size, 16, 64, 64)
+            self.tokens[i:i + size] = self.genie.tokenizer.encode(x)[1]
+            self.encoded[i:i + size] = True
         return self.tokens[picks]
 
     def run(self):

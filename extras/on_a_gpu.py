@@ -1,19 +1,20 @@
-"""The first hour of a GPU, in minutes: is it sound, how fast is it, and does `full` learn there?
+"""A GPU's first minutes: is it sound, how fast is it, and does `full` learn there?
 
-    python extras/on_a_gpu.py look                     doctor, speeds, memory, 20 steps of each stage
-    python extras/on_a_gpu.py learn --minutes 8        as many steps of `full` as the time holds
+    python extras/on_a_gpu.py look                     bench, then 20 steps of each stage
+    python extras/on_a_gpu.py learn --minutes 5        as many steps of `full` as the time holds
 
-Nothing of this has run on a GPU yet. Both take flags of `train` for a rehearsal on a CPU, such as
---device cpu --preset smoke. Results are in runs/gpu: look.json, eval.json, metrics.csv, pictures.
+Both take flags of `train`, for a rehearsal on a CPU: --device cpu --preset smoke. Results are in
+runs/gpu. MEASUREMENTS.md has what came of it on one H200.
 """
 
 import argparse
-import json
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import genie_mini                                       # noqa: E402 (after the path is known)
+from extras import bench                                # noqa: E402
 
 OUT = Path("runs/gpu")
 
@@ -34,26 +35,31 @@ def look(flags):
         "--val_sequences", 8, *flags)
 
 
-def learn(minutes, batch, flags):
-    """Train for about that long: a fifth of it the tokenizer. Small batches, since many steps teach
-    more than few large ones; warm-up and learning rate scaled to the steps there are."""
-    speed = json.loads((OUT / "look.json").read_text())["train"]
-    steps = [max(20, int(60 * minutes * share * speed[stage]["sequences_per_s"] / batch))
-             for stage, share in (("tokenizer", 0.2), ("world", 0.8))]
-    run("train", "--out", OUT / "learn", "--tok_steps", steps[0], "--dyn_steps", steps[1],
-        "--tok_unquantized", steps[0] // 5, "--lam_steps", steps[1] * 3 // 5, "--batch", batch,
-        "--micro_batch", batch, "--lr", 3e-4, "--min_lr", 3e-5, "--warmup", min(steps) // 20,
-        "--beta2", 0.99, "--val_every", max(steps) // 8, *flags)
+def learn(minutes, flags):
+    """Train for about that long, evaluation aside. A GPU takes 8 clips in hardly more time than
+    one, and many steps teach more than a few large ones; a high learning rate, as in `memory`."""
+    words = ["--batch", "8", "--micro_batch", "8", "--lr", "1e-3", "--min_lr", "1e-4",
+             "--warmup", "100", "--beta2", "0.99", "--tok_steps", "400", "--lam_steps", "800"]
+    args = genie_mini.build_parser().parse_args(["train", *words, *flags])
+    trainer = bench.stage_trainer(genie_mini.make_config(args), 1)
+    trainer.totals[0] = 0                               # the LAM is done: most steps are such
+    seconds = float(bench.timed(trainer.optimizer_step, repeats=10).mean())
+    left = 60 * minutes - 400 * seconds - 800 * 1.5 * seconds
+    steps = 800 + max(20, int(left / seconds))
+    print(f"{seconds:.4f} s a step without the LAM: {steps} steps of stage 2", flush=True)
+    began = time.monotonic()
+    run("train", "--out", OUT / "learn", "--dyn_steps", steps, "--val_every", steps // 5, *words,
+        *flags)
+    print(f"trained and evaluated in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("look", "learn"))
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=5.0)
     args, rest = parser.parse_known_args()
     rest = rest if "--preset" in rest else ["--preset", "full", *rest]
     if args.part == "look":
         look(rest)
     else:
-        learn(args.minutes, args.batch, rest)
+        learn(args.minutes, rest)
