@@ -59,6 +59,7 @@ import torch.nn.functional as F
 
 import data_prep
 from data_prep import UserError
+from extras import worlds
 from extras.pictures import beside, draw_curves, save_gif
 
 VERSION = 3                     # of the checkpoint format
@@ -1537,15 +1538,15 @@ def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
         plan = torch.randint(genie.config.num_actions, (len(x), steps // hold),
                              generator=seeded(seed, i)).repeat_interleave(hold, dim=1)
         made = genie.rollout(x[:, 0], plan, seeded(seed, i, 1)).cpu()   # (B, steps, H, W)
-        heroes = torch.tensor([data_prep.count_heroes(clip).tolist() for clip in made.numpy()])
-        walls = torch.from_numpy(data_prep.demo_walls(x[:, :1].cpu().numpy()))
+        heroes = torch.tensor([worlds.count_heroes(clip).tolist() for clip in made.numpy()])
+        walls = torch.from_numpy(worlds.demo_walls(x[:, :1].cpu().numpy()))
         return (heroes == 1).float(), (made & walls).sum((-2, -1)) / walls.sum((-2, -1))
 
     def flight(x, i):
         actions = genie.watch(x)[2][:, 3:11]                            # from frame 4 to frame 12
         made = genie.rollout(x[:, :4], actions, seeded(seed, i, 2))[:, -1].cpu().numpy()
-        place, seen = data_prep.find_balls(x[:, 11].cpu().numpy())
-        return (torch.from_numpy(data_prep.is_ball_near(made, place)[seen]).float(),)
+        place, seen = worlds.find_balls(x[:, 11].cpu().numpy())
+        return (torch.from_numpy(worlds.is_ball_near(made, place)[seen]).float(),)
 
     result = {"one_hero": None, "walls_kept": None, "ball_on_course": None}
     if data.world in ("demo world", "ball world"):
@@ -1719,7 +1720,7 @@ def find_data(data, trained_on=None):
         raise UserError(f"the run's data, {path}, is not there: name it by --data")
     if RANK == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
-        data_prep.write_demo(path)
+        worlds.write_demo(path)
     if RANKS > 1:
         dist.barrier()                                   # until rank 0 has rendered it
     return path

@@ -51,7 +51,7 @@ from torch import nn
 
 import data_prep as dp
 import genie_mini
-from extras import bench, checkpoints, pictures
+from extras import bench, checkpoints, pictures, worlds
 from extras import window as window_module
 
 # --- helpers: videos whose every frame carries its own number --------------------------------
@@ -135,7 +135,7 @@ def find(frame, drawing):
 
 def test_demo_is_deterministic():
     """Failing means that a seed no longer fixes the data: nobody could repeat a result."""
-    first, again, other = dp.render_demo(12, 5), dp.render_demo(12, 5), dp.render_demo(12, 6)
+    first, again, other = worlds.render_demo(12, 5), worlds.render_demo(12, 5), worlds.render_demo(12, 6)
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
     assert (first[0] != other[0]).any()
 
@@ -143,26 +143,26 @@ def test_demo_is_deterministic():
 def test_demo_shows_one_hero_and_one_fish(demo_file):
     """Failing means that a sprite is hidden, doubled, or looks like another thing on screen."""
     for frame in dp.unpack(dp.load_split(demo_file, "train")["bits"][::4]).reshape(-1, 64, 64):
-        assert len(find(frame, dp.HERO)) == 1
-        assert len(find(frame, dp.FISH_RIGHT)) + len(find(frame, dp.FISH_LEFT)) == 1
+        assert len(find(frame, worlds.HERO)) == 1
+        assert len(find(frame, worlds.FISH_RIGHT)) + len(find(frame, worlds.FISH_LEFT)) == 1
 
 
 def test_demo_detectors():
     """Failing means that the share of frames with exactly one hero is counted wrongly, or that a
     dream is blamed for walls which were never there."""
-    world = dp.DemoWorld(3)
+    world = worlds.DemoWorld(3)
     for _ in range(60):
         frame = world.frame()
-        assert dp.count_heroes(frame) == 1
-        assert (dp.demo_walls(frame) == world.background).all()
+        assert worlds.count_heroes(frame) == 1
+        assert (worlds.demo_walls(frame) == world.background).all()
         world.step(int(world.rng.integers(5)))
     blank = np.zeros((2, 64, 64), dtype=np.uint8)
-    blank[1, 5:13, 7:15] = blank[1, 30:38, 40:48] = dp.HERO
-    assert dp.count_heroes(blank).tolist() == [0, 2]
+    blank[1, 5:13, 7:15] = blank[1, 30:38, 40:48] = worlds.HERO
+    assert worlds.count_heroes(blank).tolist() == [0, 2]
     blank[1, 5, 8:12] ^= 1                                              # 4 pixels, and then 5
-    assert dp.count_heroes(blank).tolist() == [0, 2]
+    assert worlds.count_heroes(blank).tolist() == [0, 2]
     blank[1, 6, 8] ^= 1
-    assert dp.count_heroes(blank).tolist() == [0, 1]
+    assert worlds.count_heroes(blank).tolist() == [0, 1]
 
 
 def test_demo_actions_are_what_the_hero_does(demo_file):
@@ -174,7 +174,7 @@ def test_demo_actions_are_what_the_hero_does(demo_file):
     split = dp.load_split(demo_file, "train")
     moves = 4 * np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
     for bits, actions in zip(split["bits"], split["actions"]):
-        places = np.array([find(frame, dp.HERO)[0] for frame in dp.unpack(bits)])   # (16, 2)
+        places = np.array([find(frame, worlds.HERO)[0] for frame in dp.unpack(bits)])   # (16, 2)
         assert (np.diff(places, axis=0) == moves[actions]).all()
     assert set(np.unique(split["actions"])) == set(range(5))
 
@@ -182,9 +182,9 @@ def test_demo_actions_are_what_the_hero_does(demo_file):
 def test_demo_bodies_keep_out_of_walls_and_of_each_other():
     """Failing means that hero or fish stands in a wall or in the other, or moves in leaps: then a
     press has no rule to learn. The fish must turn when it cannot go on, and do so alone."""
-    world = dp.DemoWorld(5)
+    world = worlds.DemoWorld(5)
     places, turns = [], 0
-    for tick in range(dp.LEVEL - 3):
+    for tick in range(worlds.LEVEL - 3):
         if tick % 24 == 0:
             key = int(world.rng.integers(5))
         world.step(key)
@@ -206,7 +206,7 @@ def test_demo_bodies_keep_out_of_walls_and_of_each_other():
 def test_demo_player_seeks_the_fish_and_seldom_rests():
     """Failing means that hero and fish seldom meet in the video, or that he often stands still
     without being blocked: then a dream breaks where they meet, or where a wall is in the way."""
-    world = dp.DemoWorld(0)
+    world = worlds.DemoWorld(0)
     blocked = dict(hero=(1, 1), fish=(1, 3), free=np.zeros((15, 15), bool))
     any_way = 0.65 / 4
     for places, share in (
@@ -241,7 +241,7 @@ def test_demo_walls_stand_still_within_a_window(demo_file):
     for w in range(0, len(bits), 3):
         seen = set()
         for frame in dp.unpack(bits[w:w + 3]).reshape(-1, 64, 64):
-            for drawing in (dp.HERO, dp.FISH_RIGHT, dp.FISH_LEFT):
+            for drawing in (worlds.HERO, worlds.FISH_RIGHT, worlds.FISH_LEFT):
                 for y, x in find(frame, drawing):
                     frame[y:y + 8, x:x + 8] = 0
             seen.add(frame.tobytes())
@@ -259,7 +259,7 @@ def test_demo_has_few_patches(demo_file):
 def test_demo_hero_is_never_trapped():
     """Failing means that a level has a place that the hero can never reach or leave."""
     for seed in range(10):
-        free = dp.DemoWorld(seed).free
+        free = worlds.DemoWorld(seed).free
         spots = {tuple(spot) for spot in np.argwhere(free).tolist()}
         reached, todo = set(), [next(iter(spots))]
         while todo:
@@ -274,7 +274,7 @@ def test_demo_gaps_are_wide():
     """Failing means that a wall leaves a gap of one or two patches, too narrow to play in."""
     rng = np.random.default_rng(0)
     for _ in range(50):
-        walls = dp.random_walls(rng)
+        walls = worlds.random_walls(rng)
         for line in [*walls, *walls.T]:             # rows and columns, which begin with a wall
             floor = "".join("#" if wall else "." for wall in line).split("#")
             assert all(len(run) == 0 or len(run) >= 3 for run in floor)
@@ -291,7 +291,7 @@ def ball_file(tmp_path_factory):
 def test_ball_needs_memory():
     """Failing means that a single frame tells where the ball flies, so that the world proves no
     memory; or that the ball leaves the hall, stops, or does not bounce."""
-    left, right = dp.BallWorld(0), dp.BallWorld(0)
+    left, right = worlds.BallWorld(0), worlds.BallWorld(0)
     left.at, left.speed = np.array([[30, 30]]), np.array([[2, -2]])
     right.at, right.speed = np.array([[30, 30]]), np.array([[2, 2]])
     assert (left.frame() == right.frame()).all()
@@ -307,28 +307,28 @@ def test_ball_needs_memory():
 def test_ball_detectors(ball_file):
     """Failing means that ball_on_course counts a ball that is not there, or misses one."""
     frames = dp.unpack(dp.load_split(ball_file, "train")["bits"][:20]).reshape(-1, 64, 64)
-    places, seen = dp.find_balls(frames)
-    assert seen.mean() > 0.8 and dp.is_ball_near(frames[seen], places[seen]).all()
+    places, seen = worlds.find_balls(frames)
+    assert seen.mean() > 0.8 and worlds.is_ball_near(frames[seen], places[seen]).all()
     steps = np.diff(places.reshape(20, 16, 2), axis=1)[(seen.reshape(20, 16)[:, 1:]
                                                         & seen.reshape(20, 16)[:, :-1])]
     assert (np.abs(steps) == 2).all(), "it is the ball that is found"
     for (dy, dx), near in (((2, -2), True), ((3, 0), False), ((0, -3), False)):
         moved = np.clip(places[seen] + (dy, dx), 0, 60)
-        assert dp.is_ball_near(frames[seen], moved).mean() == pytest.approx(float(near), abs=0.02)
+        assert worlds.is_ball_near(frames[seen], moved).mean() == pytest.approx(float(near), abs=0.02)
     gone = frames[seen].copy()
     for frame, (y, x) in zip(gone, places[seen]):
         frame[y:y + 4, x:x + 4] = 0
-    assert not dp.is_ball_near(gone, places[seen]).any()
-    assert (dp.count_heroes(frames) == 1).all()
+    assert not worlds.is_ball_near(gone, places[seen]).any()
+    assert (worlds.count_heroes(frames) == 1).all()
 
 
 def test_ball_actions_are_what_the_hero_does(ball_file):
     """Failing means that the labels, by which a model's actions are judged, are wrong."""
     split = dp.load_split(ball_file, "test")
     for clip, actions in zip(dp.unpack(split["bits"]), split["actions"]):
-        (places,) = zip(*[find(frame, dp.HERO)[:1] for frame in clip])
+        (places,) = zip(*[find(frame, worlds.HERO)[:1] for frame in clip])
         moves = np.diff(np.array(places), axis=0)
-        assert (moves == 2 * np.array(dp.MOVES)[actions]).all()
+        assert (moves == 2 * np.array(worlds.MOVES)[actions]).all()
 
 
 # --- windows and splits ----------------------------------------------------------------------
@@ -1007,7 +1007,7 @@ def test_data_file_is_as_designed(demo_file):
             assert data[split + "_start"].dtype == np.int64
             assert data[split + "_actions"].shape == (count, 15)
     assert meta["version"] == 1 and meta["fps"] == 10 and meta["source_fps"] == 30
-    assert meta["action_names"] == list(dp.DEMO_ACTIONS)
+    assert meta["action_names"] == list(worlds.DEMO_ACTIONS)
 
 
 def damaged(arrays, kind):
@@ -1048,7 +1048,7 @@ def test_malformed_data_file(tmp_path, kind):
     compressed a thousandfold: memory must not be set aside for either.
     """
     path = tmp_path / "demo.npz"
-    dp.write_demo(path, minutes=0.1)
+    worlds.write_demo(path, minutes=0.1)
     with np.load(path, allow_pickle=False) as data:
         arrays = dict(data)
     damaged(arrays, kind)
@@ -1094,7 +1094,7 @@ def fuzzed(data, rng):
 def test_fuzzed_data_files(tmp_path, cases=150):
     """Failing means that a damaged data file ends in a traceback, or is read as another one."""
     path, rng = tmp_path / "demo.npz", np.random.default_rng(0)
-    dp.write_demo(path, minutes=0.1)
+    worlds.write_demo(path, minutes=0.1)
     data, whole, refused = path.read_bytes(), dp.load_split(path, "val"), 0
     for _ in range(cases):
         path.write_bytes(fuzzed(data, rng))
@@ -1148,7 +1148,7 @@ def test_preview_gif(demo_file, tmp_path):
 
 def test_image_to_frame(tmp_path):
     """Failing means that play --image shows the model something else than the picture."""
-    frame = dp.DemoWorld(1).frame()
+    frame = worlds.DemoWorld(1).frame()
     path = tmp_path / "start.png"
     for mode in ("L", "RGBA", "P", "1"):
         Image.fromarray(frame * 255).resize((320, 320), 0).convert(mode).save(path)
@@ -3064,7 +3064,7 @@ def test_a_long_dream_is_judged_frame_by_frame(demo_file, gm=genie_mini):
         played.append(actions)
         made = first[:, None].repeat(1, actions.shape[1], 1, 1)
         if genie.broken:
-            made[:, :16] = torch.from_numpy(dp.demo_walls(made[:, :16].numpy()))
+            made[:, :16] = torch.from_numpy(worlds.demo_walls(made[:, :16].numpy()))
             made[:, 16:24, 32:] = 0
         return made
 
@@ -3078,7 +3078,7 @@ def test_a_long_dream_is_judged_frame_by_frame(demo_file, gm=genie_mini):
     result = gm.evaluate_world(genie, data, np.arange(3))
     top = data.frames(np.arange(3))[:, 0, :32].numpy()
     assert 0.6 < result["one_hero"] <= 0.75
-    assert 0.9 < result["walls_kept"] < 1 and (dp.demo_walls(top) <= top).all()
+    assert 0.9 < result["walls_kept"] < 1 and (worlds.demo_walls(top) <= top).all()
     data.world = "my film.mp4"
     assert set(gm.evaluate_world(genie, data, np.arange(3)).values()) == {None}
 
@@ -3112,7 +3112,7 @@ def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
     arrow keys press other buttons than those which move things their way."""
     genie = tiny_genie(gm)
     frames = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    frames[:, 20:28, 30:38] = torch.from_numpy(dp.HERO.copy())
+    frames[:, 20:28, 30:38] = torch.from_numpy(worlds.HERO.copy())
     frames[2] = 0                                                       # nothing there to move
     moves = [(0, 0), (4, 0), (-4, 0), (0, 3), (0, -3), (1, 2), (0, 0), (0, 0)]
     genie.start = lambda frames: None
@@ -3974,7 +3974,7 @@ def test_play_from_the_data(workspace, tmp_path, count):
 
 def test_play_from_an_image(workspace, tmp_path):
     """Failing means that one cannot start from a picture of one's own."""
-    frame = dp.DemoWorld(3).frame()
+    frame = worlds.DemoWorld(3).frame()
     Image.fromarray(frame * 255).resize((320, 320), 0).save(tmp_path / "start.png")
     out = play_command(workspace, tmp_path / "a.gif", "--image", str(tmp_path / "start.png"),
                        "--actions", "0,1", "--seed", "3")
@@ -4117,7 +4117,7 @@ def test_readme_shows_an_agent_in_the_dream():
     code = code.replace('"assets/demo.pt"', repr(str(genie_mini.DEMO_CHECKPOINT)))
     seen, names = [], {"agent": lambda frame: seen.append(np.asarray(frame)) or 3}
     exec(code, names)
-    assert len(seen) == 64 and (seen[0] == dp.DemoWorld(7).frame()).all()
+    assert len(seen) == 64 and (seen[0] == worlds.DemoWorld(7).frame()).all()
     shown = pictures.Animation(names["film"])._repr_html_()
     gif = base64.b64decode(re.search("base64,([^\"]*)", shown).group(1))
     assert (np.array(Image.open(io.BytesIO(gif)))[::4, ::4] > 0).tolist() == (

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data_prep
 import genie_mini as gm
 from data_prep import UserError
+from extras import worlds
 
 
 def compile_blocks(device):
@@ -106,7 +107,7 @@ def stage_trainer(config, stage):
     c = dataclasses.replace(config, tok_unquantized=0, lam_unquantized=0)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         data = Path(folder) / "demo.npz"
-        data_prep.write_demo(data, minutes=0.08)
+        worlds.write_demo(data, minutes=0.08)
         trainer = gm.Trainer(c, data, folder)
         trainer.enter_stage(stage)
     c.batch = min(trainer.micro, c.batch)
@@ -184,7 +185,7 @@ def doctor(device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = gm.VideoTokenizer(gm.Config(**gm.PRESETS["smoke"])).eval()
-    frames = torch.from_numpy(data_prep.unpack(data_prep.render_demo(1, 0)[0][:, :4]))
+    frames = torch.from_numpy(data_prep.unpack(worlds.render_demo(1, 0)[0][:, :4]))
     expected = tokenizer(frames)[0]                                     # (3, 4, 64, 64)
     tokenizer, frames, losses = tokenizer.to(device), frames.to(device), []
     differs = (tokenizer(frames)[0].cpu() - expected).abs().max().item()

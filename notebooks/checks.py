@@ -15,6 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep                                                        # noqa: E402
 import genie_mini                                                       # noqa: E402
+from extras import worlds                                               # noqa: E402
 
 
 def verdict(right, advice):
@@ -62,7 +63,7 @@ def lasts(student):
         frames = np.zeros((len(counts), 64, 64), dtype=np.uint8)
         for t, count in enumerate(counts):
             for k in range(count):
-                frames[t, 8:16, 8 + 16 * k:16 + 16 * k] = data_prep.HERO
+                frames[t, 8:16, 8 + 16 * k:16 + 16 * k] = worlds.HERO
         return frames
 
     def answer(counts):
