@@ -58,13 +58,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data_prep
-from data_prep import UserError
-from extras import worlds
+from extras import files, worlds
+from extras.files import UserError
 from extras.pictures import beside, draw_curves, save_gif
 
 VERSION = 3                     # of the checkpoint format
-SIZE = data_prep.SIZE           # frames are 64 x 64 pixels
-CLIP = data_prep.FRAMES         # frames in a stored sequence: 16
+SIZE = files.SIZE           # frames are 64 x 64 pixels
+CLIP = files.FRAMES         # frames in a stored sequence: 16
 
 # --------------------------------------------------------------------------------------------------
 # 1  Config and presets
@@ -246,9 +246,9 @@ class Sequences:
     """
 
     def __init__(self, path, split):
-        loaded = data_prep.load_split(path, split)
+        loaded = files.load_split(path, split)
         self.bits, self.start, self.actions = loaded["bits"], loaded["start"], loaded["actions"]
-        self.world = data_prep.first_source(path)                       # such as "demo world"
+        self.world = files.first_source(path)                       # such as "demo world"
 
     def __len__(self):
         return len(self.bits)
@@ -1367,7 +1367,7 @@ class Trainer:
     def write_metrics(self):
         lines = [",".join(self.COLUMNS)] + [
             ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
-        with data_prep.written_whole(self.out / "metrics.csv") as file:
+        with files.written_whole(self.out / "metrics.csv") as file:
             file.write("\n".join(lines + [""]).encode())
 
     def unless_held(self, write, *args):
@@ -1377,7 +1377,7 @@ class Trainer:
             write(*args)
         except (UserError, OSError) as error:
             if str(error) not in self.told:
-                data_prep.warn(f"{error}; training goes on")
+                files.warn(f"{error}; training goes on")
             self.told.add(str(error))
 
     def save(self):
@@ -1648,7 +1648,7 @@ def first_frames(args, genie, others=16):
         if args.start is not None:
             raise UserError("--image and --start both name a first frame: give one of them")
         data = Path(args.data or genie.trained_on)                      # black and white as there
-        meta = data_prep.load_meta(data) if data.is_file() else None
+        meta = files.load_meta(data) if data.is_file() else None
         return torch.from_numpy(data_prep.image_to_frame(args.image, meta))[None]
     data, start = Sequences(find_data(args.data, genie.trained_on), args.split), args.start or 0
     if not 0 <= start < len(data):
@@ -1664,7 +1664,7 @@ def play(args):
     if args.actions is None and args.out is None:
         from extras.window import open_window
         return open_window(args, genie)
-    out = data_prep.check_output(args.out or "roll.gif", (".gif",), args.force)
+    out = files.check_output(args.out or "roll.gif", (".gif",), args.force)
     plan = held_buttons(genie)
     if args.actions is not None:
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
@@ -1727,7 +1727,7 @@ def find_data(data, trained_on=None):
 
 
 def write_json(result, path):
-    with data_prep.written_whole(path) as file:
+    with files.written_whole(path) as file:
         file.write((json.dumps(result, indent=2) + "\n").encode())
 
 
@@ -1841,7 +1841,7 @@ def eval_command(args):
         raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
     for path, suffix in ((args.json, ".json"), (args.figure, ".png"), (args.clips, ".png")):
         if path is not None:
-            data_prep.check_output(path, (suffix,), args.force)
+            files.check_output(path, (suffix,), args.force)
     genie = load_run(args)
     data = Sequences(find_data(args.data, genie.trained_on), args.split)
     result = evaluate(genie, data, args.count)
@@ -1887,7 +1887,7 @@ def add_fields(add, names):
 
 def build_parser():
     """The commands and their flags: every Config field, for eval and play those in PLAYING."""
-    parser = data_prep.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
+    parser = files.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
     subcommands = parser.add_subparsers(dest="command", required=True)
     commands = {
         "train": (train, "train both stages (bare: demo world, preset by device)"),
@@ -1906,7 +1906,7 @@ def build_parser():
     add["train"]("--resume", action="store_true", help="go on with the run in --out")
     for name in ("eval", "play"):
         add[name]("--run", help="folder of a run, or a checkpoint file [the pretrained demo]")
-        add[name]("--split", default="test", choices=data_prep.SPLITS, help="[test]")
+        add[name]("--split", default="test", choices=files.SPLITS, help="[test]")
     for name in ("eval", "bench"):
         add[name]("--json", help="also write the numbers to this file")
     add["bench"]("--memory", action="store_true", help="print only the memory of training steps")
@@ -1947,4 +1947,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     import genie_mini                           # the module that extras/ import, not a second copy
-    data_prep.run(genie_mini.main)
+    files.run(genie_mini.main)

@@ -51,7 +51,7 @@ from torch import nn
 
 import data_prep as dp
 import genie_mini
-from extras import bench, checkpoints, pictures, worlds
+from extras import bench, checkpoints, files, pictures, worlds
 from extras import window as window_module
 
 # --- helpers: videos whose every frame carries its own number --------------------------------
@@ -103,9 +103,9 @@ def steady(rate, length):
 def numbers_by_split(path):
     """Return {split: (start (S,), numbers (S, 16))} of a data file made from a numbered video."""
     result = {}
-    for split in dp.SPLITS:
-        loaded = dp.load_split(path, split)
-        frames = dp.unpack(loaded["bits"]).reshape(-1, 64, 64)
+    for split in files.SPLITS:
+        loaded = files.load_split(path, split)
+        frames = files.unpack(loaded["bits"]).reshape(-1, 64, 64)
         numbers = np.array([read_number(frame) for frame in frames]).reshape(-1, 16)
         result[split] = loaded["start"], numbers
     return result
@@ -135,14 +135,15 @@ def find(frame, drawing):
 
 def test_demo_is_deterministic():
     """Failing means that a seed no longer fixes the data: nobody could repeat a result."""
-    first, again, other = worlds.render_demo(12, 5), worlds.render_demo(12, 5), worlds.render_demo(12, 6)
+    first, again, other = (worlds.render_demo(12, seed) for seed in (5, 5, 6))
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all()
     assert (first[0] != other[0]).any()
 
 
 def test_demo_shows_one_hero_and_one_fish(demo_file):
     """Failing means that a sprite is hidden, doubled, or looks like another thing on screen."""
-    for frame in dp.unpack(dp.load_split(demo_file, "train")["bits"][::4]).reshape(-1, 64, 64):
+    bits = files.load_split(demo_file, "train")["bits"][::4]
+    for frame in files.unpack(bits).reshape(-1, 64, 64):
         assert len(find(frame, worlds.HERO)) == 1
         assert len(find(frame, worlds.FISH_RIGHT)) + len(find(frame, worlds.FISH_LEFT)) == 1
 
@@ -171,10 +172,10 @@ def test_demo_actions_are_what_the_hero_does(demo_file):
     The hero is found in the pixels of all three offsets: a step of one patch must be labelled with
     its direction, and no step with 'stay'. There is nothing else.
     """
-    split = dp.load_split(demo_file, "train")
+    split = files.load_split(demo_file, "train")
     moves = 4 * np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
     for bits, actions in zip(split["bits"], split["actions"]):
-        places = np.array([find(frame, worlds.HERO)[0] for frame in dp.unpack(bits)])   # (16, 2)
+        places = np.array([find(frame, worlds.HERO)[0] for frame in files.unpack(bits)])   # (16, 2)
         assert (np.diff(places, axis=0) == moves[actions]).all()
     assert set(np.unique(split["actions"])) == set(range(5))
 
@@ -237,10 +238,10 @@ def test_demo_walls_stand_still_within_a_window(demo_file):
 
     Without hero and fish (blanked), all frames of a window must be the same picture.
     """
-    bits = dp.load_split(demo_file, "train")["bits"]
+    bits = files.load_split(demo_file, "train")["bits"]
     for w in range(0, len(bits), 3):
         seen = set()
-        for frame in dp.unpack(bits[w:w + 3]).reshape(-1, 64, 64):
+        for frame in files.unpack(bits[w:w + 3]).reshape(-1, 64, 64):
             for drawing in (worlds.HERO, worlds.FISH_RIGHT, worlds.FISH_LEFT):
                 for y, x in find(frame, drawing):
                     frame[y:y + 8, x:x + 8] = 0
@@ -251,7 +252,7 @@ def test_demo_walls_stand_still_within_a_window(demo_file):
 def test_demo_has_few_patches(demo_file):
     """Failing means that there are more or fewer kinds of 4x4 patch than the 29 that are spoken of
     (32 codes can tell them all apart), or that two parts of the drawings look the same."""
-    frames = dp.unpack(dp.load_split(demo_file, "train")["bits"])
+    frames = files.unpack(files.load_split(demo_file, "train")["bits"])
     patches = frames.reshape(-1, 16, 4, 16, 4).swapaxes(2, 3).reshape(-1, 16)
     assert len(np.unique(np.packbits(patches, axis=1), axis=0)) == 29
 
@@ -306,7 +307,7 @@ def test_ball_needs_memory():
 
 def test_ball_detectors(ball_file):
     """Failing means that ball_on_course counts a ball that is not there, or misses one."""
-    frames = dp.unpack(dp.load_split(ball_file, "train")["bits"][:20]).reshape(-1, 64, 64)
+    frames = files.unpack(files.load_split(ball_file, "train")["bits"][:20]).reshape(-1, 64, 64)
     places, seen = worlds.find_balls(frames)
     assert seen.mean() > 0.8 and worlds.is_ball_near(frames[seen], places[seen]).all()
     steps = np.diff(places.reshape(20, 16, 2), axis=1)[(seen.reshape(20, 16)[:, 1:]
@@ -314,7 +315,8 @@ def test_ball_detectors(ball_file):
     assert (np.abs(steps) == 2).all(), "it is the ball that is found"
     for (dy, dx), near in (((2, -2), True), ((3, 0), False), ((0, -3), False)):
         moved = np.clip(places[seen] + (dy, dx), 0, 60)
-        assert worlds.is_ball_near(frames[seen], moved).mean() == pytest.approx(float(near), abs=0.02)
+        found = worlds.is_ball_near(frames[seen], moved).mean()
+        assert found == pytest.approx(float(near), abs=0.02)
     gone = frames[seen].copy()
     for frame, (y, x) in zip(gone, places[seen]):
         frame[y:y + 4, x:x + 4] = 0
@@ -324,8 +326,8 @@ def test_ball_detectors(ball_file):
 
 def test_ball_actions_are_what_the_hero_does(ball_file):
     """Failing means that the labels, by which a model's actions are judged, are wrong."""
-    split = dp.load_split(ball_file, "test")
-    for clip, actions in zip(dp.unpack(split["bits"]), split["actions"]):
+    split = files.load_split(ball_file, "test")
+    for clip, actions in zip(files.unpack(split["bits"]), split["actions"]):
         (places,) = zip(*[find(frame, worlds.HERO)[:1] for frame in clip])
         moves = np.diff(np.array(places), axis=0)
         assert (moves == 2 * np.array(worlds.MOVES)[actions]).all()
@@ -427,7 +429,7 @@ def test_a_frame_may_last_beyond_the_end(tmp_path):
     video = numbered_video(tmp_path / "v.mkv", times, time_base=Fraction(1, 1000))
     out = tmp_path / "out.npz"
     assert dp.main(["video", str(video), "-o", str(out), "--end", "6.4"]) == 0
-    assert dp.load_meta(out)["sources"][0]["ticks"] == 192
+    assert files.load_meta(out)["sources"][0]["ticks"] == 192
 
 
 def test_sequences_do_not_cross_files(tmp_path):
@@ -442,7 +444,7 @@ def test_sequences_do_not_cross_files(tmp_path):
     assert [start for start, _ in rows] == [base + o for base in offsets for o in range(3)]
     for start, row in rows:
         assert row == list(range(start - 120 * (start >= 120), 9999, 3))[:16]
-    meta = dp.load_meta(out)
+    meta = files.load_meta(out)
     assert [source["offset"] for source in meta["sources"]] == [0, 120]
     assert meta["counts"] == {"train": 9, "val": 3, "test": 3}
 
@@ -560,7 +562,7 @@ def test_other_formats(tmp_path):
                                         for i in range(60)], steady(10, 6), 10, "libvpx-vp9",
                   Fraction(1, 1000))
     assert dp.main(["video", str(webm), "-o", str(tmp_path / "webm.npz")]) == 0
-    frames = dp.unpack(dp.load_split(tmp_path / "webm.npz", "train")["bits"])
+    frames = files.unpack(files.load_split(tmp_path / "webm.npz", "train")["bits"])
     assert (frames[0].mean(axis=(1, 2)).round() == np.arange(16) % 2).all()
 
 
@@ -580,7 +582,7 @@ def test_odd_sizes(tmp_path, size, codec):
     pictures = [np.full(size, 255 * (i % 2), np.uint8) for i in range(8)]
     video = encode(tmp_path / "v.mkv", pictures, range(8), 1, codec, Fraction(1, 1000))
     assert dp.main(["video", str(video), "-o", str(tmp_path / "v.npz")]) == 0
-    frames = dp.unpack(dp.load_split(tmp_path / "v.npz", "train")["bits"])
+    frames = files.unpack(files.load_split(tmp_path / "v.npz", "train")["bits"])
     assert frames[0, 0].max() == 0 and frames[0, 11].min() == 1         # at 0 s and at 1.1 s
 
 
@@ -641,7 +643,7 @@ def test_the_moving_stream_is_taken(tmp_path, capsys):
         out = tmp_path / f"{name}.npz"
         assert dp.main(["video", str(tmp_path / name), "-o", str(out)]) == 0
         assert "2 video streams" in capsys.readouterr().err
-        frames = dp.unpack(dp.load_split(out, "train")["bits"][0])
+        frames = files.unpack(files.load_split(out, "train")["bits"][0])
         assert [read_number(frame) for frame in frames] == list(range(0, 48, 3))
     assert dp.main(["video", str(tmp_path / "song.mp4"), "-o", str(tmp_path / "s.npz")]) == 2
     assert "only sound" in capsys.readouterr().err
@@ -715,9 +717,9 @@ def near(pictures):
 
 def motion_kept(path):
     """(kept, true) of a data file, from the grey pictures in it: see data_prep.motion_kept."""
-    loaded = dp.load_split(path, "train")
+    loaded = files.load_split(path, "train")
     grey = loaded["grey"].astype(int)
-    bits = dp.unpack(loaded["bits"][dp.evenly(len(loaded["bits"]), len(grey))]).astype(int)
+    bits = files.unpack(loaded["bits"][files.evenly(len(loaded["bits"]), len(grey))]).astype(int)
     change, flips = abs(np.diff(grey, axis=1)), np.diff(bits, axis=1) != 0
     weight = change * (change > 8)
     return ((weight * near(flips)).sum() / weight.sum(),
@@ -736,7 +738,7 @@ def test_black_and_white_keeps_what_moves(tmp_path, kind, threshold):
     assert dp.main(["video", str(video), "-o", str(out), "--threshold", threshold]) == 0
     kept, true = motion_kept(out)
     assert kept > (0.9 if threshold == "motion" else 0.8) and true > 0.9
-    assert dp.load_meta(out)["crop"] == ("stretch" if kind == "portrait" else "center")
+    assert files.load_meta(out)["crop"] == ("stretch" if kind == "portrait" else "center")
 
 
 def test_each_scene_has_its_background(tmp_path):
@@ -745,7 +747,7 @@ def test_each_scene_has_its_background(tmp_path):
                    time_base=Fraction(1, 1000))
     out = tmp_path / "v.npz"
     assert dp.main(["video", str(video), "-o", str(out), "--threshold", "motion"]) == 0
-    still = dp.unpack(dp.load_split(out, "train")["bits"][0]).mean(axis=0).round()
+    still = files.unpack(files.load_split(out, "train")["bits"][0]).mean(axis=0).round()
     expected = np.zeros((64, 64))
     expected[:8] = expected[-8:] = 1                # the film's bright bars; the rest is dark
     assert (still == expected).mean() > 0.98
@@ -762,7 +764,7 @@ def test_otsu_is_left_where_it_loses_the_motion(tmp_path, capsys):
         assert dp.main(["video", str(video), "-o", str(out), "--force", "--threshold",
                         threshold]) == 0
         shown = capsys.readouterr()
-        assert dp.load_meta(out)["threshold"] == expected
+        assert files.load_meta(out)["threshold"] == expected
         kept = float(re.search(r"motion kept (\d\.\d\d)", shown.out).group(1))
         assert low <= kept <= low + 0.1 and f"preview {out}" in shown.out
         assert ("% of the motion" in shown.err) == (threshold == "otsu")
@@ -784,7 +786,7 @@ def test_thin_things_are_steady(tmp_path, width, along):
     out = tmp_path / "v.npz"
     assert dp.main(["video", str(video), "-o", str(out), "--crop", "stretch",
                     "--threshold", "motion"]) == 0
-    sizes = dp.unpack(dp.load_split(out, "train")["bits"])[..., :52, :].sum(axis=(2, 3))
+    sizes = files.unpack(files.load_split(out, "train")["bits"])[..., :52, :].sum(axis=(2, 3))
     assert sizes.min() >= 4 and sizes.max() <= 6 and np.ptp(sizes) <= 1
 
 
@@ -805,7 +807,7 @@ def test_bars_make_no_halos(tmp_path):
                    time_base=Fraction(1, 1000))
     out = tmp_path / "v.npz"
     assert dp.main(["video", str(video), "-o", str(out), "--threshold", "adaptive"]) == 0
-    frames = dp.unpack(dp.load_split(out, "train")["bits"])
+    frames = files.unpack(files.load_split(out, "train")["bits"])
     assert frames.any() and frames.mean(axis=(0, 1)).max() < 0.5      # no pixel is always bright
 
 
@@ -817,11 +819,11 @@ def test_an_image_takes_the_way_of_the_data(tmp_path):
     out = tmp_path / "v.npz"
     assert dp.main(["video", str(video), "-o", str(out)]) == 0
     Image.fromarray(pictures[0]).save(tmp_path / "first.png")
-    meta, first = dp.load_meta(out), dp.unpack(dp.load_split(out, "train")["bits"][0, 0])
+    meta, first = files.load_meta(out), files.unpack(files.load_split(out, "train")["bits"][0, 0])
     assert (dp.image_to_frame(tmp_path / "first.png", meta) == first).all()
     assert (dp.image_to_frame(tmp_path / "first.png") != first).any()
     meta["looks"][0]["background"] = "no picture"
-    with pytest.raises(dp.UserError):
+    with pytest.raises(files.UserError):
         dp.image_to_frame(tmp_path / "first.png", meta)
 
 
@@ -832,8 +834,8 @@ def test_keys_are_stored_as_actions(tmp_path, capsys):
     np.save(tmp_path / "keys.npy", keys)
     arguments = ["video", str(video), "-o", str(out), "--actions", str(tmp_path / "keys.npy")]
     assert dp.main(arguments) == 0
-    for split in dp.SPLITS:
-        loaded = dp.load_split(out, split)
+    for split in files.SPLITS:
+        loaded = files.load_split(out, split)
         for start, row in zip(loaded["start"], loaded["actions"]):
             for t, action in enumerate(row):
                 three = keys[start + 3 * t:start + 3 * t + 3].tolist()
@@ -975,7 +977,7 @@ def test_force_replaces(tmp_path):
     assert dp.main(["demo", "-o", str(path), "--minutes", "0.1"]) == 0
     path.write_bytes(b"old")
     assert dp.main(["demo", "-o", str(path), "--minutes", "0.1", "--force"]) == 0
-    assert dp.load_meta(path)["counts"] == {"train": 3, "val": 3, "test": 3}
+    assert files.load_meta(path)["counts"] == {"train": 3, "val": 3, "test": 3}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -1001,7 +1003,7 @@ def test_data_file_is_as_designed(demo_file):
     """Failing means that the file's format changed: old files and genie_mini.py would not fit."""
     with np.load(demo_file, allow_pickle=False) as data:
         meta = json.loads(str(data["meta"]))
-        for split in dp.SPLITS:
+        for split in files.SPLITS:
             count = meta["counts"][split]
             assert data[split].dtype == np.uint8 and data[split].shape == (count, 16, 64, 8)
             assert data[split + "_start"].dtype == np.int64
@@ -1067,9 +1069,9 @@ def test_malformed_data_file(tmp_path, kind):
         content = content.replace(short + b" " * 4, long)              # the same length: 160 MB
     path.write_bytes(content)
     tracemalloc.start()
-    with pytest.raises(dp.UserError) as caught:
-        for split in dp.SPLITS:
-            dp.load_split(path, split)
+    with pytest.raises(files.UserError) as caught:
+        for split in files.SPLITS:
+            files.load_split(path, split)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6, "memory was set aside before the header was checked"
@@ -1095,12 +1097,12 @@ def test_fuzzed_data_files(tmp_path, cases=150):
     """Failing means that a damaged data file ends in a traceback, or is read as another one."""
     path, rng = tmp_path / "demo.npz", np.random.default_rng(0)
     worlds.write_demo(path, minutes=0.1)
-    data, whole, refused = path.read_bytes(), dp.load_split(path, "val"), 0
+    data, whole, refused = path.read_bytes(), files.load_split(path, "val"), 0
     for _ in range(cases):
         path.write_bytes(fuzzed(data, rng))
         try:
-            loaded = dp.load_split(path, "val")
-        except dp.UserError as error:
+            loaded = files.load_split(path, "val")
+        except files.UserError as error:
             assert "\n" not in str(error)
             refused += 1
         else:
@@ -1117,7 +1119,7 @@ def test_preview_png(demo_file, tmp_path):
     assert dp.main(["preview", str(demo_file), "-o", str(out), "--split", "val",
                     "--count", "2"]) == 0
     sheet = np.array(Image.open(out))
-    frames = dp.unpack(dp.load_split(demo_file, "val")["bits"][0]) * 255
+    frames = files.unpack(files.load_split(demo_file, "val")["bits"][0]) * 255
     strip = sheet[:128:2, -16 * 132::2].reshape(64, 16, 66)[:, :, :64].swapaxes(0, 1)
     assert (strip == frames).all() and sheet.shape == (2 * 132, 72 + 16 * 132)
 
@@ -1130,9 +1132,9 @@ def test_preview_shows_what_was_lost(tmp_path, count):
     assert dp.main(["video", str(video), "-o", str(out)]) == 0
     assert dp.main(["preview", str(out), "-o", str(sheet), "--count", str(count)]) == 0
     rows = np.array(Image.open(sheet))[::2, 72::2][:, :64 * 1]                # the first frames
-    bits = dp.unpack(dp.load_split(out, "train")["bits"])
+    bits = files.unpack(files.load_split(out, "train")["bits"])
     assert len(rows) == 2 * count * 66, "each has a grey row and a binary one"
-    for n, i in enumerate(dp.evenly(len(bits), count)):
+    for n, i in enumerate(files.evenly(len(bits), count)):
         grey, binary = rows[132 * n:132 * n + 64], rows[132 * n + 66:132 * n + 130]
         assert (binary == 255 * bits[i, 0]).all() and abs(grey - 255. * bits[i, 0]).mean() < 20
 
@@ -1155,7 +1157,7 @@ def test_image_to_frame(tmp_path):
         assert (dp.image_to_frame(path) == frame).all(), mode
     for bad in ("missing.png", "text.png"):
         (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
-        with pytest.raises(dp.UserError):
+        with pytest.raises(files.UserError):
             dp.image_to_frame(tmp_path / bad)
 
 
@@ -1610,12 +1612,12 @@ def test_spare_codes_give_nothing_a_second_name(gm=genie_mini):
     """Failing means that one kind of patch has now this symbol, now that, which the dynamics model
     cannot foresee: in the first `full` world that was 14 of the 18 nats of a frame.
 
-    Codes 1 and 2 share a cluster: all of it is code 1, and code 2, which nobody chooses, waits until
-    something has no code near it.
+    Codes 1 and 2 share a cluster: all of it is code 1, and code 2, which nobody chooses, waits
+    until something has no code near it.
     """
     quantizer = gm.VectorQuantizer(3, 1, decay=1.0, dead_after=3, alike=0.05).train()
     quantizer.codebook[:] = quantizer.ema_sum[:] = torch.tensor([[0.0], [10.0], [10.5]])
-    quantizer.started.fill_(True)                           # variance 35, so 1.75 is next to nothing
+    quantizer.started.fill_(True)               # a variance of 35, so 1.75 is next to nothing
     for step in range(6):
         assert quantizer(torch.tensor([[0.1], [10.0], [10.4], [11.0]]))[1].tolist() == [0, 1, 1, 1]
         quantizer.update(gm.seeded(step))
@@ -2555,10 +2557,10 @@ def test_a_batch_depends_on_seed_stage_and_step_alone(demo_file, gm=genie_mini):
 
 def test_frames_are_those_of_the_file(demo_file, gm=genie_mini):
     """Failing means that the model is trained on other pictures than the file holds."""
-    loaded, data = dp.load_split(demo_file, "val"), gm.Sequences(demo_file, "val")
+    loaded, data = files.load_split(demo_file, "val"), gm.Sequences(demo_file, "val")
     frames = data.frames([2, 0], first=3, length=5)
     assert frames.shape == (2, 5, 64, 64) and frames.dtype == torch.uint8
-    assert (frames.numpy() == dp.unpack(loaded["bits"])[[2, 0], 3:8]).all()
+    assert (frames.numpy() == files.unpack(loaded["bits"])[[2, 0], 3:8]).all()
 
 
 def test_gradients_stay_where_they_belong(gm=genie_mini):
@@ -2953,7 +2955,7 @@ def test_lam_is_compared_with_copying(demo_file, gm=genie_mini):
     genie, data = tiny_genie(gm), gm.Sequences(demo_file, "val")
     genie.lam.decode = lambda frames, actions: frames.float() - 0.5
     result = gm.evaluate_lam(genie, data, np.arange(len(data)))
-    frames = dp.unpack(data.bits).astype(int)
+    frames = files.unpack(data.bits).astype(int)
     copied = np.abs(np.diff(frames, axis=1)).sum((2, 3)).mean()
     assert result["wrong_pixels"] == pytest.approx(copied)
     assert result["copy_wrong_pixels"] == pytest.approx(copied)
@@ -2968,7 +2970,7 @@ def test_tokenizer_is_scored_by_hand(demo_file, gm=genie_mini):
     tokens = torch.arange(4)
     genie.tokenizer.forward = lambda x: (torch.ones(x.shape), tokens, 0)
     result = gm.evaluate_tokenizer(genie, data, np.arange(len(data)))
-    frames = dp.unpack(data.bits)
+    frames = files.unpack(data.bits)
     black = (1 - frames.astype(int)).sum((2, 3))
     assert result == pytest.approx({
         "wrong_pixels": black.mean(), "wrong_pixels_p99": np.percentile(black, 99),
@@ -3684,10 +3686,10 @@ CHECKPOINT_BUGS = [
      {"kind": "spread thin"}),
     ("checksums not looked at", "if archive.testzip():", "if False:", test_bad_checkpoint,
      {"kind": "bit"}),
-    ("zip bombs let in", "data_prep.check_sizes(archive)", "pass", test_bad_checkpoint,
+    ("zip bombs let in", "files.check_sizes(archive)", "pass", test_bad_checkpoint,
      {"kind": "bomb"}),
     ("checkpoint written in place",
-     "with data_prep.written_whole(path, keep=previous(path)) as file:",
+     "with files.written_whole(path, keep=previous(path)) as file:",
      'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
 ]
 
@@ -3966,7 +3968,7 @@ def test_play_from_the_data(workspace, tmp_path, count):
     buttons = ",".join(str(t % 8) for t in range(count))
     out = play_command(workspace, tmp_path / "a.gif", "--start", "2", "--actions", buttons)
     assert duration(out) == 100 * (count + 1)
-    first = dp.unpack(dp.load_split(workspace / "walk.npz", "test")["bits"])[2, 0]
+    first = files.unpack(files.load_split(workspace / "walk.npz", "test")["bits"])[2, 0]
     assert (gif_frames(out)[0] == first).all()
     again = play_command(workspace, tmp_path / "b.gif", "--start", "2", "--actions", buttons)
     assert out.read_bytes() == again.read_bytes(), "the same seed, the same dream"
@@ -3986,7 +3988,7 @@ def test_play_without_actions_shows_every_button(workspace, tmp_path):
     out = play_command(workspace, tmp_path / "a.gif")
     assert duration(out) == 1600
     panels = np.split(gif_frames(out, 2)[0], 8, axis=1)                 # 64 pixels and a gap each
-    first = dp.unpack(dp.load_split(workspace / "walk.npz", "test")["bits"])[0, 0]
+    first = files.unpack(files.load_split(workspace / "walk.npz", "test")["bits"])[0, 0]
     assert all((panel[:, :64] == first).all() for panel in panels)
 
 

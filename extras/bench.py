@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data_prep
 import genie_mini as gm
-from data_prep import UserError
-from extras import worlds
+from extras import files, worlds
+from extras.files import UserError
 
 
 def compile_blocks(device):
@@ -185,7 +184,7 @@ def doctor(device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = gm.VideoTokenizer(gm.Config(**gm.PRESETS["smoke"])).eval()
-    frames = torch.from_numpy(data_prep.unpack(worlds.render_demo(1, 0)[0][:, :4]))
+    frames = torch.from_numpy(files.unpack(worlds.render_demo(1, 0)[0][:, :4]))
     expected = tokenizer(frames)[0]                                     # (3, 4, 64, 64)
     tokenizer, frames, losses = tokenizer.to(device), frames.to(device), []
     differs = (tokenizer(frames)[0].cpu() - expected).abs().max().item()
@@ -244,7 +243,7 @@ def print_bench(result):
 def bench(args):
     """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
     if args.json is not None:
-        data_prep.check_output(args.json, (".json",), args.force)
+        files.check_output(args.json, (".json",), args.force)
     config = gm.make_config(args)
     device = gm.pick_device(config.device)
     if args.memory:

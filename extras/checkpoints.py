@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-import data_prep
-from data_prep import UserError
+from extras import files
+from extras.files import UserError
 from genie_mini import STAGES, VERSION, Config, Genie, check_config
 
 
@@ -29,7 +29,7 @@ def save_checkpoint(path, contents):
     disk cuts this short, one of the two is whole."""
     buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
     torch.save(contents, buffer)
-    with data_prep.written_whole(path, keep=previous(path)) as file:
+    with files.written_whole(path, keep=previous(path)) as file:
         file.write(buffer.getbuffer())
 
 
@@ -103,7 +103,7 @@ def read_checkpoint(path):
                         " train")
     try:
         with zipfile.ZipFile(path) as archive:
-            data_prep.check_sizes(archive)
+            files.check_sizes(archive)
             if archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
@@ -128,6 +128,6 @@ def newest_checkpoint(path):
             checkpoint = read_checkpoint(previous(path))
         except UserError:                                # nothing to fall back on
             raise error from None
-        data_prep.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
+        files.warn(f"{error}. Taking the one before it, {previous(path)}: stage"
                        f" {checkpoint['stage'] + 1}, step {checkpoint['step']}")
         return checkpoint, previous(path)

@@ -6,7 +6,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep import SIZE, written_whole
+from extras.files import (SIZE, UserError, check_output, evenly, load_split, unpack,
+                          written_whole)
 
 
 def gif_bytes(frames, scale=4, fps=10):
@@ -87,3 +88,29 @@ def draw_curves(rows, path):
         axes.plot([step for step, _ in points], [value for _, value in points])
     with written_whole(path) as file:
         figure.savefig(file, dpi=100, format="png")
+
+
+def write_preview(data, out, split="train", count=8, force=False):
+    """Draw sequences spread evenly over a split: the `preview` command. .png or .gif.
+
+    The first thing to do with any data is to look at it: a bad threshold, a sideways video or a
+    still one shows at once, and would otherwise cost a day of training.
+    """
+    out = check_output(out, (".png", ".gif"), force)
+    if not 1 <= count <= 200:
+        raise UserError("--count must be from 1 to 200")
+    loaded = load_split(data, split)
+    bits, grey = loaded["bits"], loaded["grey"]
+    chosen = evenly(len(bits), count)
+    shown = dict(zip(evenly(len(bits), len(grey)).tolist(), grey / 255))
+    rows, labels = [], []               # the grey picture, where it is known, over the binary one
+    for i in chosen.tolist():
+        pair = [shown[i]] if i in shown else []
+        rows += [*pair, unpack(bits[i])]                              # (16, 64, 64) each
+        labels += ["grey"] * len(pair) + [loaded["start"][i]]
+    if out.suffix.lower() == ".gif":
+        save_gif(np.concatenate([beside([row * 255 for row in rows[k::2]]) for k in (0, 1)], axis=1)
+                 if len(rows) == 2 * len(chosen) else beside([row * 255 for row in rows]), out, 2)
+    else:
+        save_sheet(rows, labels, out)
+    print(f"wrote {out}: {len(chosen)} sequences of {split}")

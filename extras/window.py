@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import genie_mini as gm
-from data_prep import UserError
+from extras.files import UserError
 from extras.bench import compile_blocks
 from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet
 

@@ -17,8 +17,9 @@ a model with memory can know, and in which all goes by half a patch: BallWorld.
 
 import numpy as np
 
-from data_prep import (FRAMES, SIZE, SOURCE_FPS, STRIDE, WINDOW, Progress, UserError, check_output,
-                       cut_window, save_dataset, split_sizes, true_actions)
+from data_prep import cut_window, split_sizes, true_actions
+from extras.files import (FRAMES, SIZE, SOURCE_FPS, STRIDE, WINDOW, Progress, UserError,
+                          check_output, save_dataset)
 
 DEMO_ACTIONS = ("stay", "up", "down", "left", "right")
 MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))     # (dy, dx) in patches, same order

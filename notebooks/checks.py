@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep                                                        # noqa: E402
 import genie_mini                                                       # noqa: E402
-from extras import worlds                                               # noqa: E402
+from extras import files, worlds                                               # noqa: E402
 
 
 def verdict(right, advice):
@@ -203,9 +203,9 @@ def split_by_time(student):
     rng = np.random.default_rng(0)
     for numbers, share in ((np.arange(20), 0.2), (np.append(np.arange(20), [27, 28, 29]), 0.2),
                            (np.arange(12), 0.01), (np.arange(7), 0.45)):
-        start = (numbers[:, None] * data_prep.WINDOW + np.arange(data_prep.STRIDE)).ravel()
+        start = (numbers[:, None] * files.WINDOW + np.arange(files.STRIDE)).ravel()
         start = rng.permutation(start)
-        window, count = start // data_prep.WINDOW, max(1, round(share * len(numbers)))
+        window, count = start // files.WINDOW, max(1, round(share * len(numbers)))
         right = window >= numbers[-count]
         case = f"with {len(numbers)} windows and share={share}"
         try:
