@@ -19,15 +19,15 @@ Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
-Contents: the tutorial, and (13) what it takes to run it, to skip at first
+Contents: the tutorial, and (12) what it takes to run it, to skip at first
      1  Config and presets               8  Dynamics model (MaskGIT)
      2  Where to compute                 9  Genie: joined, and played
      3  Data                            10  Training, stages 1 and 2
      4  ST-attention, ST-transformer    11  Evaluation
-     5  Vector quantizer                12  Play
+     5  Vector quantizer                12  Command line
      6  Video tokenizer
-     7  Latent action model             13  Command line
-What a reader does not need stands in extras/: bench, checkpoint files, pictures, the play window.
+     7  Latent action model
+What a reader does not need stands in extras/: bench, files, checkpoints, pictures, the play window.
 
 Where the paper is silent, this takes what was measured to learn; README's "How this differs from
 Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.
@@ -57,10 +57,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data_prep
 from extras import files, worlds
 from extras.files import UserError
-from extras.pictures import beside, draw_curves, save_gif
+from extras.pictures import draw_curves
 
 VERSION = 3                     # of the checkpoint format
 SIZE = files.SIZE           # frames are 64 x 64 pixels
@@ -996,7 +995,6 @@ class Genie(nn.Module):
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
 
 STAGES = ("tokenizer", "world")
-MEMORY_BUDGET = 8 * 2 ** 30     # bytes for micro_batch auto without CUDA: half of a 16 GB laptop
 
 
 def learning_rate(step, total, c):
@@ -1061,19 +1059,6 @@ def code_use(indices, codes):
     share = torch.bincount(indices.flatten().cpu(), minlength=codes).double() / indices.numel()
     entropy = -(share[share > 0] * share[share > 0].log()).sum()
     return int((share > 0).sum()), float(entropy.exp())
-
-
-def saved_bytes(work):
-    """Bytes that autograd keeps between work() and its backward pass: what a larger batch costs."""
-    kept = {}                                            # by address: many tensors are views
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        work()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 # Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
@@ -1166,7 +1151,10 @@ class Trainer:
         self.tokens = torch.zeros(count, CLIP, tokens, dtype=torch.uint8)   # see tokens_of
         self.encoded = torch.zeros(count, dtype=torch.bool)
         if self.models:
-            self.micro = self.c.micro_batch or self.fitting_micro_batch()
+            self.micro = self.c.micro_batch
+            if self.micro == 0:                          # auto
+                from extras.bench import fitting_micro_batch
+                self.micro = fitting_micro_batch(self)
 
     @torch.no_grad()
     def tokens_of(self, picks):
@@ -1244,22 +1232,6 @@ class Trainer:
         """The losses of one micro-batch, in the precision that suits the device."""
         with autocast(self.c.precision, self.device):
             return self.losses(self.genie, *(t.to(self.device) for t in part))
-
-    def fitting_micro_batch(self):
-        """As large a micro-batch as fits, in parts as even as can be; measured on one sequence.
-
-        Half of what autograd keeps is added for what comes and goes: we measured up to 1.35 times.
-        """
-        self.micro, free = 1, MEMORY_BUDGET / RANKS
-        part = self.micro_batches(seeded(0))[0]
-        need = 1.5 * saved_bytes(lambda: self.forward(part))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0]
-        share = self.c.batch // RANKS
-        size = math.ceil(share / math.ceil(share * need / free))
-        print(f"micro-batches of {size}: {need / 2 ** 30:.2f} GiB a sequence", flush=True)
-        return size
 
     def optimizer_step(self):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
@@ -1614,78 +1586,7 @@ def print_table(result):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12  Play
-#
-# Problem: a world model is convincing when you press a button and see what happens. Begin at a real
-# frame or at any picture, and press buttons: in a window (extras/window.py, which is all matplotlib
-# and no model), or from a list into an animation.
-
-
-def held_buttons(genie, steps=CLIP - 1):
-    """The plan (num_actions, steps) that holds down each button: the quickest look at a world."""
-    return torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
-
-
-def parse_actions(text, num_actions):
-    """'0,1,1,7' -> [0, 1, 1, 7]. Raises UserError for anything that is no button."""
-    try:
-        actions = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--actions {text[:40]!r}: give whole numbers with commas between, such as"
-                        " 0,1,1,2") from None
-    if not all(0 <= a < num_actions for a in actions):
-        raise UserError(f"--actions {text[:40]}: the buttons are 0 to {num_actions - 1}")
-    if len(actions) > 3000:
-        raise UserError(f"--actions names {len(actions)} buttons: a GIF of over 3000 frames (five"
-                        " minutes) would fill the memory")
-    return actions
-
-
-def first_frames(args, genie, others=16):
-    """Frames (n, 64, 64) that play may start from: --image alone, or frame 1 of sequence --start
-    and then of some others. Raises UserError."""
-    if args.image is not None:
-        if args.start is not None:
-            raise UserError("--image and --start both name a first frame: give one of them")
-        data = Path(args.data or genie.trained_on)                      # black and white as there
-        meta = files.load_meta(data) if data.is_file() else None
-        return torch.from_numpy(data_prep.image_to_frame(args.image, meta))[None]
-    data, start = Sequences(find_data(args.data, genie.trained_on), args.split), args.start or 0
-    if not 0 <= start < len(data):
-        raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
-    return data.frames([start, *spread(data, others)])[:, 0]
-
-
-def play(args):
-    """`play`: in a window; with --actions or --out, to a GIF of those buttons, or of each held."""
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}: it cannot be negative")
-    genie = load_run(args)
-    if args.actions is None and args.out is None:
-        from extras.window import open_window
-        return open_window(args, genie)
-    out = files.check_output(args.out or "roll.gif", (".gif",), args.force)
-    plan = held_buttons(genie)
-    if args.actions is not None:
-        plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
-    first = first_frames(args, genie)[:1].expand(len(plan), SIZE, SIZE)
-    if args.compile:
-        from extras.bench import compile_blocks
-        compile_blocks(genie.device)
-    genie.rollout(first, plan[:, :2], seeded(args.seed))                # to warm up
-    began = time.monotonic()
-    made = genie.rollout(first, plan, seeded(args.seed)).cpu()          # (plans, T, H, W)
-    speed = plan.numel() / (time.monotonic() - began)
-    panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
-    if len(plan) == 1:
-        save_gif(panels[0], out)
-    else:
-        save_gif(beside(panels), out, scale=2)      # action 0 leftmost
-    print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
-
-
-# --------------------------------------------------------------------------------------------------
-# 13  Command line
+# 12  Command line
 #
 # Problem: every choice in Config should be one flag away, a typing error should be met with the
 # nearest right word, and no mistake of the user's with a traceback.
@@ -1853,6 +1754,12 @@ def eval_command(args):
         draw_buttons(genie, data.frames(spread(data, args.count))[:, 0], args.figure)
     if args.clips is not None:
         draw_rollout(genie, data, spread(data, args.count), args.clips)
+
+
+def play(args):
+    """`play`: in a window; with --actions or --out, to a GIF of those buttons, or of each held."""
+    from extras.window import play
+    play(args)
 
 
 def bench(args):

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data_prep
 import genie_mini as gm
-from extras.files import UserError
+from extras import files
 from extras.bench import compile_blocks
+from extras.files import UserError
 from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet
 
 
@@ -39,7 +41,7 @@ def draw_rollout(genie, data, indices, path):
 def draw_buttons(genie, frames, path):
     """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
     over all of frames (B, H, W)."""
-    motion, actions = button_motion(genie, frames)[0].tolist(), gm.held_buttons(genie)
+    motion, actions = button_motion(genie, frames)[0].tolist(), held_buttons(genie)
     first = frames[:1].to(genie.device).expand(len(actions), gm.SIZE, gm.SIZE)
     made = torch.cat([first[:, None], genie.rollout(first, actions, gm.seeded(0))], dim=1).cpu()
     rows = [[*clip.numpy(), arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
@@ -209,10 +211,72 @@ class Window:
 
 def open_window(args, genie):
     """Play in a window. Raises UserError where matplotlib can open none."""
-    plt, firsts = screen(), gm.first_frames(args, genie)
+    plt, firsts = screen(), first_frames(args, genie)
     if args.compile:
         compile_blocks(genie.device)
     arrows = arrow_keys(*button_motion(genie, firsts))
     window = Window(genie, firsts, arrows, gm.seeded(args.seed))
     print(window.HELP)
     plt.show()                                           # until the window is closed
+
+
+def held_buttons(genie, steps=gm.CLIP - 1):
+    """The plan (num_actions, steps) that holds down each button: the quickest look at a world."""
+    return torch.arange(genie.config.num_actions)[:, None].expand(-1, steps)
+
+
+def parse_actions(text, num_actions):
+    """'0,1,1,7' -> [0, 1, 1, 7]. Raises UserError for anything that is no button."""
+    try:
+        actions = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--actions {text[:40]!r}: give whole numbers with commas between, such as"
+                        " 0,1,1,2") from None
+    if not all(0 <= a < num_actions for a in actions):
+        raise UserError(f"--actions {text[:40]}: the buttons are 0 to {num_actions - 1}")
+    if len(actions) > 3000:
+        raise UserError(f"--actions names {len(actions)} buttons: a GIF of over 3000 frames (five"
+                        " minutes) would fill the memory")
+    return actions
+
+
+def first_frames(args, genie, others=16):
+    """Frames (n, 64, 64) that play may start from: --image alone, or frame 1 of sequence --start
+    and then of some others. Raises UserError."""
+    if args.image is not None:
+        if args.start is not None:
+            raise UserError("--image and --start both name a first frame: give one of them")
+        data = Path(args.data or genie.trained_on)                      # black and white as there
+        meta = files.load_meta(data) if data.is_file() else None
+        return torch.from_numpy(data_prep.image_to_frame(args.image, meta))[None]
+    data = gm.Sequences(gm.find_data(args.data, genie.trained_on), args.split)
+    start = args.start or 0
+    if not 0 <= start < len(data):
+        raise UserError(f"--start {start}: the {args.split} split has 0 to {len(data) - 1}")
+    return data.frames([start, *gm.spread(data, others)])[:, 0]
+
+
+def play(args):
+    """`play`: in a window; with --actions or --out, to a GIF of those buttons, or of each held."""
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: it cannot be negative")
+    genie = gm.load_run(args)
+    if args.actions is None and args.out is None:
+        return open_window(args, genie)
+    out = files.check_output(args.out or "roll.gif", (".gif",), args.force)
+    plan = held_buttons(genie)
+    if args.actions is not None:
+        plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
+    first = first_frames(args, genie)[:1].expand(len(plan), gm.SIZE, gm.SIZE)
+    if args.compile:
+        compile_blocks(genie.device)
+    genie.rollout(first, plan[:, :2], gm.seeded(args.seed))             # to warm up
+    began = time.monotonic()
+    made = genie.rollout(first, plan, gm.seeded(args.seed)).cpu()       # (plans, T, H, W)
+    speed = plan.numel() / (time.monotonic() - began)
+    panels = torch.cat([first[:, None], made], dim=1).numpy() * 255
+    if len(plan) == 1:
+        save_gif(panels[0], out)
+    else:
+        save_gif(beside(panels), out, scale=2)      # action 0 leftmost
+    print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
