@@ -33,31 +33,24 @@ Where the paper is silent, this takes what was measured to learn; README's "How 
 Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.
 """
 
-import atexit
-import contextlib
 import copy
 import dataclasses
 import inspect
 import json
 import math
-import os
 import re
-import signal
 import sys
-import threading
 import time
 import zlib
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras import files, worlds
+from extras import files, ranks, worlds
 from extras.files import UserError
 from extras.pictures import draw_curves
 
@@ -1061,55 +1054,6 @@ def code_use(indices, codes):
     return int((share > 0).sum()), float(entropy.exp())
 
 
-# Many processes. `torchrun --nproc_per_node 8 genie_mini.py train` starts this program 8 times
-# ("ranks"). Each takes its slice of the batch; summed over the ranks, gradients and codebook
-# statistics are those of the whole batch, so that all ranks take the same step, and it is the step
-# that one process would have taken. Without torchrun none of this does anything.
-
-RANK, RANKS = 0, 1              # which process this is, and of how many
-
-
-def join_ranks():
-    """Meet the other ranks, if torchrun started us. From then on rank 0 alone speaks."""
-    global RANK, RANKS
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))    # rank 0 may validate for long
-    atexit.register(dist.destroy_process_group)
-    RANK, RANKS = dist.get_rank(), dist.get_world_size()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def sum_over_ranks(tensors):
-    """Put into each tensor its sum over all ranks, in a single message."""
-    if RANKS > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
-
-
-def gather_over_ranks(t):
-    """t (M, ...) of every rank, joined in their order, which is that of the batch."""
-    if RANKS == 1:
-        return t
-    parts = [torch.empty_like(t) for _ in range(RANKS)]
-    dist.all_gather(parts, t)
-    return torch.cat(parts)
-
-
-def of_rank_0(t):
-    """The t of rank 0, so that all ranks go on from the very same numbers."""
-    if RANKS > 1:
-        dist.broadcast(t, 0)
-    return t
-
-
 class Trainer:
     """One run: both stages, with log, validation, pictures, checkpoints and resume."""
 
@@ -1121,8 +1065,8 @@ class Trainer:
                "val_action_ratio")
 
     def __init__(self, config, data, out):
-        if config.batch % RANKS:
-            raise UserError(f"--batch {config.batch} cannot be cut into {RANKS} equal slices:"
+        if config.batch % ranks.RANKS:
+            raise UserError(f"--batch {config.batch} cannot be cut into {ranks.RANKS} equal slices:"
                             " choose a multiple of the number of processes")
         self.c, self.data, self.out = config, str(data), Path(out)
         self.device = pick_device(config.device)
@@ -1176,22 +1120,22 @@ class Trainer:
             stopped = self.train_stage()
             if stopped:
                 self.stop = stopped                      # perhaps another rank was asked
-                if RANK == 0:
+                if ranks.RANK == 0:
                     self.save()
                 return False
             self.enter_stage(self.stage + 1)
-            if RANK == 0:
+            if ranks.RANK == 0:
                 self.save()
         return True
 
     def train_stage(self):
         """The loop of one stage: step, log, now and then validate and save. True if stopped."""
-        began, first, stop = time.monotonic(), self.step, self.all_stop()
+        began, first, stop = time.monotonic(), self.step, ranks.largest(self.stop, self.device)
         while self.step < self.total and not stop:
             row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
             self.step += 1
-            stop = self.all_stop()
-            if RANK > 0:
+            stop = ranks.largest(self.stop, self.device)
+            if ranks.RANK > 0:
                 continue                                 # rank 0 validates, logs and saves
             last = self.step == self.total
             validating = self.step % self.c.val_every == 0 or last
@@ -1203,29 +1147,20 @@ class Trainer:
                 self.save()
         return stop
 
-    def all_stop(self):
-        """The signal by which any rank was asked to stop, or 0. All stop after the same step, or
-        some would wait forever."""
-        if RANKS == 1:
-            return self.stop
-        asked = torch.tensor(int(self.stop), device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return int(asked)
-
     def micro_batches(self, generator):
         """What this step learns from: a list of micro-batches, each a tuple of tensors.
 
         With many ranks this one's slice of the batch. All of them draw what is random for the whole
         batch, so that neither ranks nor micro-batches change any of it.
         """
-        c, share = self.c, self.c.batch // RANKS
+        c, share = self.c, self.c.batch // ranks.RANKS
         length = (c.tok_frames, c.dyn_frames)[self.stage]
         self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
         inputs = [self.train_set.frames(self.picks, first, length)]
         if self.stage == 1:
             tokens = self.tokens_of(self.picks)[:, first:first + length].long()     # (B, T, N)
             inputs += [tokens, *world_noise(self.genie, *inputs, tokens, self.quiet, generator)]
-        mine = slice(RANK * share, (RANK + 1) * share)
+        mine = slice(ranks.RANK * share, (ranks.RANK + 1) * share)
         return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
 
     def forward(self, part):
@@ -1247,7 +1182,7 @@ class Trainer:
             codes.append(chosen)
             for name, value in logged.items():
                 numbers[name] = numbers.get(name, 0.0) + value.detach() * share
-        sum_over_ranks([p.grad for m in learning for p in m.parameters()]
+        ranks.sum_over([p.grad for m in learning for p in m.parameters()]
                        + list(numbers.values()))
         numbers = {name: value.item() for name, value in numbers.items()}
         norms = [nn.utils.clip_grad_norm_(m.parameters(), 1.0).item() for m in learning]
@@ -1257,11 +1192,11 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if quantizer.started:
-            codes = gather_over_ranks(torch.cat(codes))
+            codes = ranks.gather(torch.cat(codes))
             numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         if quantizer.training:
-            quantizer.seen = [[gather_over_ranks(torch.cat(x)) for x in zip(*quantizer.seen)]]
-            quantizer.update(generator, lambda: of_rank_0(self.latents()))
+            quantizer.seen = [[ranks.gather(torch.cat(x)) for x in zip(*quantizer.seen)]]
+            quantizer.update(generator, lambda: ranks.of_rank_0(self.latents()))
         return {"lr": lr, "grad_norm": max(norms), **numbers}
 
     def check_health(self, loss, norm):
@@ -1619,11 +1554,10 @@ def find_data(data, trained_on=None):
     path = Path(data or trained_on or DEMO_DATA)
     if not (data or path.exists() or path == DEMO_DATA):
         raise UserError(f"the run's data, {path}, is not there: name it by --data")
-    if RANK == 0 and path == DEMO_DATA and not path.exists():
+    if ranks.RANK == 0 and path == DEMO_DATA and not path.exists():
         print(f"no data named: rendering the demo world to {path}", flush=True)
         worlds.write_demo(path)
-    if RANKS > 1:
-        dist.barrier()                                   # until rank 0 has rendered it
+    ranks.wait()                                         # until rank 0 has rendered it
     return path
 
 
@@ -1671,42 +1605,19 @@ def prepare(args):
     check_config(config)
     trainer = Trainer(config, find_data(args.data, checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
-    if RANK == 0 and used != path and path.exists():     # or else the next save would keep it in
-        path.replace(path.with_suffix(".damaged.pt"))    # the place of the good one
+    if ranks.RANK == 0 and used != path and path.exists():
+        path.replace(path.with_suffix(".damaged.pt"))    # or the next save would keep it, as good
     return trainer
-
-
-def sweep(out):
-    """Remove what a killed run was writing, and nothing that another program made."""
-    ours = r"\.(checkpoint\.pt|metrics\.csv|eval\.json|\w+\.png)\.\d+\.tmp"
-    for half in out.iterdir():
-        if re.fullmatch(ours, half.name):
-            half.unlink()
-
-
-@contextlib.contextmanager
-def stopped_by_signals(trainer):
-    """Within, Ctrl-C and SIGTERM let the trainer finish its step and save; after, they just end the
-    program. A thread of somebody's program gets no signals, and may set none."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda n, _: setattr(trainer, "stop", n))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
-    join_ranks()
+    ranks.join()
     trainer = prepare(args)
     c, out, genie = trainer.c, trainer.out, trainer.genie
     out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        sweep(out)
+    if ranks.RANK == 0:
+        files.sweep(out)
         if not args.resume:
             trainer.save()                               # so that it can be resumed from step 0 on
     print(f"preset {c.preset} on {trainer.device}, data {trainer.data}, run in {out}\nparameters: "
@@ -1714,14 +1625,13 @@ def train(args):
                       for name, part in genie.named_children())
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
-    with stopped_by_signals(trainer):
+    with files.stopped_by_signals(trainer):
         finished = trainer.run()
-        if RANKS > 1:
-            dist.barrier()                               # torchrun ends all when the first one ends
+        ranks.wait()                                     # torchrun ends all when the first one ends
     if not finished:
         print(f'stopped and saved; go on with: python genie_mini.py train --resume --out "{out}"')
         return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
-    if RANK > 0:
+    if ranks.RANK > 0:
         return 0
     from extras.window import draw_buttons
     test = Sequences(trainer.data, "test")

@@ -51,7 +51,7 @@ from torch import nn
 
 import data_prep as dp
 import genie_mini
-from extras import bench, checkpoints, files, pictures, worlds
+from extras import bench, checkpoints, files, pictures, ranks, worlds
 from extras import window as window_module
 
 # --- helpers: videos whose every frame carries its own number --------------------------------
@@ -2792,16 +2792,16 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
 
 def test_batch_is_cut_into_equal_slices(demo_file, tmp_path, monkeypatch, gm=genie_mini):
     """Failing means that some sequences of a batch are trained on by no process, or by two."""
-    monkeypatch.setattr(gm, "RANKS", 3)
+    monkeypatch.setattr(ranks, "RANKS", 3)
     with pytest.raises(gm.UserError, match="--batch 8 cannot be cut into 3"):
         tiny_trainer(gm, demo_file, tmp_path)
-    monkeypatch.setattr(gm, "RANKS", 1)
+    monkeypatch.setattr(ranks, "RANKS", 1)
     trainer = tiny_trainer(gm, demo_file, tmp_path, stage=1, action_noise=0.3, micro_batch=3)
     whole = [torch.cat(t) for t in zip(*trainer.micro_batches(gm.seeded(0)))]
-    monkeypatch.setattr(gm, "RANKS", 4)
+    monkeypatch.setattr(ranks, "RANKS", 4)
     slices = []
     for rank in range(4):
-        monkeypatch.setattr(gm, "RANK", rank)
+        monkeypatch.setattr(ranks, "RANK", rank)
         slices += trainer.micro_batches(gm.seeded(0))
     assert all((torch.cat(parts) == t).all() for parts, t in zip(zip(*slices), whole))
 
@@ -3554,7 +3554,8 @@ BUGS = [
     ("patches scrambled", "side, side, patch, patch).permute(0, 1, 2, 4, 3, 5)",
      "side, side, patch, patch).permute(0, 1, 4, 2, 3, 5)", test_unpatchify_is_the_inverse,
      {"patch": 4}),
-    ("scaled instead of rotated", "pairs * table)", "pairs * table.real)", test_rotary_scores_depend_on_the_difference, {}),
+    ("scaled instead of rotated", "pairs * table)", "pairs * table.real)",
+     test_rotary_scores_depend_on_the_difference, {}),
     ("rotated the other way", "pairs * table)", "pairs * table.conj())", test_rotation_by_hand, {}),
     ("neighbours the wrong way round", "rotary(torch.tensor(s)", "rotary(torch.tensor(-s)",
      test_heads_start_on_their_neighbours, {"dim": 64, "heads": 4, "side": 16}),
@@ -4546,7 +4547,7 @@ def test_what_a_killed_run_left_is_swept(tmp_path, gm=genie_mini):
     kept = [".notes.2024.tmp", "checkpoint.pt", ".checkpoint.pt.tmp", "rollout.png.1.tmp"]
     for name in left + kept:
         (tmp_path / name).touch()
-    gm.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import genie_mini as gm
-from extras import files, worlds
+from extras import files, ranks, worlds
 from extras.files import UserError
 
 
@@ -232,13 +232,13 @@ def fitting_micro_batch(trainer):
 
     Half of what autograd keeps is added for what comes and goes: we measured up to 1.35 times.
     """
-    trainer.micro, free = 1, MEMORY_BUDGET / gm.RANKS
+    trainer.micro, free = 1, MEMORY_BUDGET / ranks.RANKS
     part = trainer.micro_batches(gm.seeded(0))[0]
     need = 1.5 * saved_bytes(lambda: trainer.forward(part))
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
-    share = trainer.c.batch // gm.RANKS
+    share = trainer.c.batch // ranks.RANKS
     size = math.ceil(share / math.ceil(share * need / free))
     print(f"micro-batches of {size}: {need / 2 ** 30:.2f} GiB a sequence", flush=True)
     return size

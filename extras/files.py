@@ -12,8 +12,11 @@ import difflib
 import json
 import math
 import os
+import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -266,6 +269,29 @@ class Progress:
         """Wipe the line from a terminal."""
         if self.tty:
             print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def sweep(out):
+    """Remove what a killed run was writing, and nothing that another program made."""
+    ours = r"\.(checkpoint\.pt|metrics\.csv|eval\.json|\w+\.png)\.\d+\.tmp"
+    for half in out.iterdir():
+        if re.fullmatch(ours, half.name):
+            half.unlink()
+
+
+@contextlib.contextmanager
+def stopped_by_signals(trainer):
+    """Within, Ctrl-C and SIGTERM let the trainer finish its step and save; after, they just end the
+    program. A thread of somebody's program gets no signals, and may set none."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda n, _: setattr(trainer, "stop", n))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):
