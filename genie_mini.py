@@ -1365,6 +1365,7 @@ def evaluate_tokenizer(genie, data, indices):
 
     wrong_pixels_p99 is what one frame in a hundred exceeds. A good mean can hide that the
     tokenizer has no symbols for a rare position of the hero, who then vanishes there in play.
+    flicker: symbols a frame that change where no pixel does, which nobody can foresee.
     """
     def work(x, _):
         logits, tokens, _ = genie.tokenizer(x)
@@ -1373,10 +1374,14 @@ def evaluate_tokenizer(genie, data, indices):
     x, drawn, tokens = over_batches(genie, data, indices, work)
     used, perplexity = code_use(tokens, genie.config.tok_codes)
     errors = wrong(x, drawn)                                            # (S, T)
+    patches = patchify(x, genie.tokenizer.patch)                        # (S, T, N, P)
+    still = (patches[:, 1:] == patches[:, :-1]).all(-1)                 # (S, T-1, N)
+    flicker = still & (tokens[:, 1:] != tokens[:, :-1])
     return {"wrong_pixels": errors.mean().item(),
             "wrong_pixels_p99": np.percentile(errors, 99).item(),
             "iou": ((x & drawn).sum() / (x | drawn).sum().clamp_min(1)).item(),
-            "codes_used": used, "perplexity": perplexity}
+            "codes_used": used, "perplexity": perplexity,
+            "flicker": flicker.sum(-1).float().mean().item()}
 
 
 def compare_actions(latent, true):
