@@ -4661,7 +4661,7 @@ def test_exercises_are_checked(path, monkeypatch, capsys):
     solutions = {}
     for code in re.findall(r"<summary>Solution.*?```python\n(.*?)```", text, re.DOTALL):
         exec(code, {"np": np, "torch": torch, "F": F, "math": math, "genie_mini": genie_mini,
-                    "data_prep": dp}, solutions)
+                    "data_prep": dp, "files": files, "worlds": worlds}, solutions)
     for name in asked:
         assert getattr(checks, name)(solutions[name]) is True, name
         assert getattr(checks, name)(lambda *_, **__: None) is False, name
