@@ -54,7 +54,7 @@ from extras import files, ranks, worlds
 from extras.files import UserError
 from extras.pictures import draw_curves
 
-VERSION = 3                     # of the checkpoint format
+VERSION = 4                     # of the checkpoint format
 SIZE = files.SIZE           # frames are 64 x 64 pixels
 CLIP = files.FRAMES         # frames in a stored sequence: 16
 
