@@ -1012,36 +1012,39 @@ def quiet_level(data):
 
 
 def world_noise(genie, frames, tokens, quiet, generator):
-    """What is random in a stage-2 step: shifts (B, 2), swaps (B, T-1), masked (B, T-1, N).
+    """What is random in a stage-2 step: shifts (B, 2), source (B, T-1), masked (B, T-1, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
     Shifts go by whole patches of the tokenizer: rolled by any number of pixels, the LAM's patches
     look 64 ways instead of 4, and when its codebook starts it cannot name the actions yet.
-    A swap is a code to put in an action's place, or -1. Only quiet steps get one, in which at most
-    `quiet` pixels change: a press that is blocked is among them, so the model learns that any
-    button may do nothing at a wall. (Swapped anywhere, it would learn that any button may do
-    anything.) The code is drawn as often as the LAM uses it: drawn evenly, a code in little use
-    would be seen in quiet steps above all, and come to mean "nothing happens".
+    Source says where the dynamics takes each step's action from: t is step t of the clip, T-1+k is
+    code k. Most take their own. But a hero that is blocked stays, so the LAM calls a press against
+    a wall "nothing", and a press that is blocked is never seen. So of the quiet steps, in which at
+    most `quiet` pixels change, many take the action of the last step before that was not quiet, as
+    if the button had been held on to; or any code, as often as it occurs, if there is none.
     """
     c, (B, T, _) = genie.config, tokens.shape
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
     shifts = c.tok_patch * patches * (c.lam_view == "change")           # in pixels
-    changed = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1))           # (B, T-1)
-    swap = torch.rand(B, T - 1, generator=generator) < c.action_noise
+    still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
+    own = torch.arange(T - 1).expand(B, T - 1)
+    last = own.masked_fill(still, -1).cummax(dim=1).values              # -1: none yet
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
-    codes = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
-    swaps = codes.view(B, T - 1).masked_fill(~swap | (changed > quiet), -1)
-    return shifts, swaps, genie.dynamics.random_mask(B, T - 1, generator)
+    code = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
+    other = torch.where(last >= 0, last, T - 1 + code.view(B, T - 1))
+    take = still & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
+    take &= bool(genie.lam.quantizer.started)                           # before that, no codes
+    return shifts, torch.where(take, other, own), genie.dynamics.random_mask(B, T - 1, generator)
 
 
-def world_losses(genie, frames, tokens, shifts, swaps, masked):
+def world_losses(genie, frames, tokens, shifts, source, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
     logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
-    # Stop-gradient: the dynamics takes the actions as they are. A swap of -1 keeps the action.
-    swapped = genie.lam.quantizer.codebook[swaps.clamp_min(0)]          # (B, T-1, L)
-    swap = genie.lam.quantizer.started & (swaps[..., None] >= 0)        # before that, no codes
-    actions = torch.where(swap, swapped, actions.detach())
+    # Stop-gradient: the dynamics takes the actions as they are, each from its source.
+    codes = genie.lam.quantizer.codebook.expand(len(actions), -1, -1)   # (B, num_actions, L)
+    choices = torch.cat([actions.detach(), codes], dim=1)               # (B, T-1+num_actions, L)
+    actions = choices.gather(1, source[..., None].expand_as(actions))   # (B, T-1, L)
     dynamics = genie.dynamics.loss(tokens, actions, masked)
     numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
     return pixel + commitment + dynamics, numbers, chosen
