@@ -4574,8 +4574,8 @@ def test_resuming_takes_what_changes_no_result(demo_file, tmp_path, gm=genie_min
 
 
 @pytest.mark.parametrize("cuda, flags, preset", [
-    (True, "", "full"), (True, "--device cuda", "full"), (True, "--device cpu", "laptop"),
-    (False, "", "laptop"), (True, "--preset smoke", "smoke")])
+    (True, "", "full"), (True, "--device cuda", "full"), (True, "--device cpu", "memory"),
+    (False, "", "memory"), (True, "--preset smoke", "smoke")])
 def test_bare_train_suits_the_machine(cuda, flags, preset, monkeypatch, gm=genie_mini):
     """Failing means that `train` alone takes a preset that its device would need months for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
