@@ -11,9 +11,9 @@ Once trained, you supply the 3 bits. This file holds everything: the models, bot
 stages, evaluation and play. Read it from top to bottom; the order is the order of explanation.
 
     python genie_mini.py train                          train on the demo world, no flags needed
-    python genie_mini.py eval  --run runs/memory        measure it against honest baselines
-    python genie_mini.py play  --run runs/memory --actions 1,1,4,4 --out roll.gif
-    python genie_mini.py bench --preset memory          how fast is this machine at it
+    python genie_mini.py eval  --run runs/laptop        measure it against honest baselines
+    python genie_mini.py play  --run runs/laptop --actions 1,1,4,4 --out roll.gif
+    python genie_mini.py bench --preset laptop          how fast is this machine at it
 
 Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
@@ -72,7 +72,7 @@ CLIP = files.FRAMES         # frames in a stored sequence: 16
 class Config:
     """Every choice in this file. Defaults are the `full` preset."""
 
-    preset: str = "full"            # where the others start; bare train: full on a GPU, or memory
+    preset: str = "full"            # where the others start; bare train: full on a GPU, or laptop
     seed: int = 0                   # every random draw of a run follows from this number
     device: str = "auto"            # where to compute; auto takes the fastest there is
     precision: str = "auto"         # auto takes bfloat16 on GPUs since Ampere, else float32
@@ -127,6 +127,13 @@ class Config:
 
 PRESETS = {
     "full": {},
+    # For a 2-core laptop: narrow, shallow, and a memory of one frame.
+    "laptop": dict(
+        tok_dim=64, tok_layers=2, tok_attention=False, tok_frames=1, tok_steps=500,
+        lam_dim=128, lam_layers=2, lam_steps=800, dyn_dim=128, dyn_layers=4, dyn_fold=2,
+        dyn_frames=2, dyn_steps=2400, temperature=0.1, order_noise=0.0,
+        mask_schedule="adaptive", batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100,
+        beta2=0.99, val_every=240),
     # The card made small: 16 frames, attention over space and time in all three models. A clip
     # holds 15 steps, so one clip a step is enough, and many short steps learn faster than few.
     "memory": dict(
@@ -134,13 +141,6 @@ PRESETS = {
         lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=3200, temperature=0.1,
         order_noise=0.0, mask_schedule="adaptive", batch=1, micro_batch=1, lr=1e-3, min_lr=1e-4,
         warmup=100, beta2=0.99, val_every=400, val_sequences=32),
-    # A memory of one frame and a tokenizer of single patches: the cheapest that can be played.
-    "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_attention=False, tok_frames=1, tok_steps=500,
-        lam_dim=128, lam_layers=2, lam_steps=800, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=2400, temperature=0.1, order_noise=0.0,
-        mask_schedule="adaptive", batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100,
-        beta2=0.99, val_every=240),
     # Everything in a minute or two, for tests; it learns next to nothing.
     "smoke": dict(
         heads=2, tok_dim=32, tok_layers=1, tok_frames=4, tok_steps=60, tok_unquantized=20,
@@ -1583,7 +1583,7 @@ def given_fields(args):
 def make_config(args):
     """Config from the preset and the flags given. Raises UserError."""
     cuda = torch.cuda.is_available() and args.device in (None, "auto", "cuda")
-    given = {"preset": "full" if cuda else "memory", **given_fields(args)}
+    given = {"preset": "full" if cuda else "laptop", **given_fields(args)}
     config = Config(**{**PRESETS.get(given["preset"], {}), **given})
     check_config(config)
     return config
