@@ -1743,9 +1743,6 @@ def build_parser():
     add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [with --out: hold each]")
     add["play"]("--out", help="save a GIF instead of opening a window [with --actions: roll.gif]")
     add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
-    for name in ("play", "bench"):
-        add[name]("--compile", action="store_true", help="play by compiled ST-blocks, which are"
-                  " faster after at most a minute (torch.compile); needs a C++ compiler")
     for name in ("eval", "play", "bench"):
         add[name]("--force", action="store_true", help="replace output files that exist")
     parser.commands = subcommands.choices

@@ -18,7 +18,6 @@ write the bug anew for the new text.
 """
 
 import base64
-import functools
 import inspect
 import io
 import json
@@ -2208,41 +2207,6 @@ def test_play_computes_in_its_precision(draw, precision, gm=genie_mini):
     seen.clear()                                         # the first frame is always in float32
     getattr(genie, draw)(state, torch.tensor([1]), gm.seeded(0))
     assert len(seen) > 1 and set(seen) == {getattr(torch, precision)}
-
-
-def test_compiled_blocks_play_the_same(monkeypatch, gm=genie_mini):
-    """Failing means that --compile compiles nothing or changes the world that is played, or that
-    bench's baseline, which small codebases run op by op, is compiled with the rest.
-
-    The graphs are made by torch.compile and run as they are, so that no C++ compiler is needed.
-    """
-    genie, graphs = tiny_genie(gm), []
-    first, plan = random_frames(2, 1)[:, 0], torch.tensor([[1, 2, 3]] * 2)
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(
-        torch.compile, backend=lambda graph, inputs: graphs.append(graph) or graph.forward))
-    monkeypatch.setattr(gm.STBlock, "forward", gm.STBlock.forward)      # to put it back
-    film = genie.rollout(first, plan, gm.seeded(0))
-    bench.compile_blocks(torch.device("cpu"))
-    graphs.clear()                                       # the trial's
-    again = bench.written_out(lambda: genie.rollout(first, plan, gm.seeded(0)))
-    assert not graphs and (again == film).all()
-    assert (genie.rollout(first, plan, gm.seeded(0)) == film).all()
-    assert graphs, "the blocks were not compiled"
-
-
-def test_compile_without_a_compiler(workspace, tmp_path, monkeypatch, capsys):
-    """Failing means that --compile ends in a traceback where nothing can be compiled."""
-    def broken(function):
-        raise RuntimeError("backend='inductor' raised:\nno compiler\n\nSet TORCHDYNAMO_VERBOSE=1")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    before = genie_mini.STBlock.forward
-    command = ["play", "--run", str(workspace / "run"), "--compile", "--actions", "0", "--out"]
-    assert genie_mini.main([*command, str(tmp_path / "a.gif")]) == 2
-    error = capsys.readouterr().err
-    assert "(backend='inductor' raised: no compiler)" in error and "leave --compile out" in error
-    assert genie_mini.STBlock.forward is before and not list(tmp_path.iterdir())
 
 
 def test_codebook_is_float32_under_autocast(demo_file, tmp_path, gm=genie_mini):

@@ -1,4 +1,4 @@
-"""How fast is this machine at it: the command `genie_mini.py bench`, and `play --compile`.
+"""How fast is this machine at it: the command `genie_mini.py bench`.
 
 "Fast" means little across machines. So bench also measures what this machine can do at all (a large
 matrix product), and gives each speed as a share of that, or as a ratio of two ways measured side by
@@ -24,25 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import genie_mini as gm
 from extras import files, ranks, worlds
-from extras.files import UserError
-
-
-def compile_blocks(device):
-    """From now on run every ST-block as a few fused kernels (torch.compile), not op by op.
-
-    It pays at play, where tensors are so small that starting an operation may cost more than doing
-    it. (Training, with its many kinds of input, was 1.04 to 1.14 times as fast, and spent minutes
-    compiling.) Each new kind of input is compiled at its first use, for seconds. Raises UserError.
-    """
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))         # a trial
-    except Exception as error:                           # no compiler, or one that fails
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); install a C++"
-                        " compiler, or leave --compile out") from None
-    print("--compile: the first steps take up to a minute", flush=True)
-    torch._dynamo.config.cache_size_limit = 64      # kinds of input; by default 8
-    gm.STBlock.forward = torch.compile(gm.STBlock.forward)
 
 
 def timed(*works, repeats=5):
@@ -65,9 +46,8 @@ def timed(*works, repeats=5):
 
 
 def written_out(work):
-    """work(), with attention as matrix products and a softmax, and op by op even after
-    compile_blocks: as small codebases have it."""
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+    """work(), with attention as matrix products and a softmax: as small codebases have it."""
+    with sdpa_kernel(SDPBackend.MATH):
         return work()
 
 
@@ -284,8 +264,6 @@ def bench(args):
     health = doctor(device)
     print("doctor", json.dumps(health), flush=True)
     training = bench_training(config, device)
-    if args.compile:
-        compile_blocks(device)                                          # for play alone
     product, its_flops = matrix_product(torch.float32, device)
     result = {"doctor": health, "train": training, "play": bench_play(config, device),
               "memory": {"peak_gib": peak_memory(device)},

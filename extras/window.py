@@ -11,7 +11,6 @@ import torch
 import data_prep
 import genie_mini as gm
 from extras import files
-from extras.bench import compile_blocks
 from extras.files import UserError
 from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet
 
@@ -212,8 +211,6 @@ class Window:
 def open_window(args, genie):
     """Play in a window. Raises UserError where matplotlib can open none."""
     plt, firsts = screen(), first_frames(args, genie)
-    if args.compile:
-        compile_blocks(genie.device)
     arrows = arrow_keys(*button_motion(genie, firsts))
     window = Window(genie, firsts, arrows, gm.seeded(args.seed))
     print(window.HELP)
@@ -268,8 +265,6 @@ def play(args):
     if args.actions is not None:
         plan = torch.tensor([parse_actions(args.actions, genie.config.num_actions)])
     first = first_frames(args, genie)[:1].expand(len(plan), gm.SIZE, gm.SIZE)
-    if args.compile:
-        compile_blocks(genie.device)
     genie.rollout(first, plan[:, :2], gm.seeded(args.seed))             # to warm up
     began = time.monotonic()
     made = genie.rollout(first, plan, gm.seeded(args.seed)).cpu()       # (plans, T, H, W)
