@@ -41,10 +41,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from extras import files
 from extras.files import (FRAMES, SIZE, SOURCE_FPS, SPLITS, STRIDE, WINDOW, Parser, Progress,
-                          UserError, check_output, evenly, nearest_folder, save_dataset, unpack,
-                          warn)
+                          UserError, check_output, evenly, nearest_folder, run, save_dataset,
+                          unpack, warn)
 
 try:                                # only videos and pictures need it: see need_av
     import av
@@ -852,4 +851,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     import data_prep                # the module that extras/ import, not a second copy
-    files.run(data_prep.main)
+    run(data_prep.main)

@@ -55,8 +55,8 @@ from extras.files import UserError
 from extras.pictures import draw_curves
 
 VERSION = 4                     # of the checkpoint format
-SIZE = files.SIZE           # frames are 64 x 64 pixels
-CLIP = files.FRAMES         # frames in a stored sequence: 16
+SIZE = files.SIZE               # frames are 64 x 64 pixels
+CLIP = files.FRAMES             # frames in a stored sequence: 16
 
 # --------------------------------------------------------------------------------------------------
 # 1  Config and presets
@@ -240,7 +240,7 @@ class Sequences:
     def __init__(self, path, split):
         loaded = files.load_split(path, split)
         self.bits, self.start, self.actions = loaded["bits"], loaded["start"], loaded["actions"]
-        self.world = files.first_source(path)                       # such as "demo world"
+        self.world = files.first_source(path)                           # such as "demo world"
 
     def __len__(self):
         return len(self.bits)
@@ -986,6 +986,9 @@ class Genie(nn.Module):
 #
 # Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights,
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
+#
+# `ranks` (extras/ranks.py) is for many processes, which share each batch and take the same step.
+# With a single one RANK is 0, RANKS is 1, and its functions do nothing.
 
 STAGES = ("tokenizer", "world")
 

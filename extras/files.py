@@ -1,4 +1,5 @@
-"""Files, and what goes wrong with them: written whole or not at all, read with care.
+"""Files, written whole or not at all and read with care; and what both programs need as programs:
+errors, progress, signals and the command line.
 
 A tool that fails halfway must not leave half a file behind, and must not destroy last week's data.
 So every file is written under a temporary name next to its final place, and moved there in one step

@@ -59,7 +59,8 @@ def of_rank_0(t):
 
 
 def largest(number, device):
-    """The largest of all ranks' whole numbers: what one of them was told, all know."""
+    """The largest of all ranks' whole numbers. So if one is asked to stop, all stop after the same
+    step; or some would wait for it forever."""
     if RANKS == 1:
         return number
     number = torch.tensor(int(number), device=device)

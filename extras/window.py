@@ -1,4 +1,4 @@
-"""What a model shows: the pictures that training and `eval` draw, and the window of `play`."""
+"""What a model shows: the pictures that training and `eval` draw; `play`, and its window."""
 
 import itertools
 import time
