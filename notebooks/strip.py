@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("genie_mini.py", "data_prep.py", "test_genie_mini.py", "requirements.txt", "README.md",
-          "LICENSE", ".pytest.ini")
+COPIED = ("genie_mini.py", "data_prep.py", "test_genie_mini.py", "conftest.py", "requirements.txt",
+          "README.md", "LICENSE", ".pytest.ini")
 FOLDERS = ("extras", "assets", "notebooks")     # which the code imports and README links to
 PARTS = {                           # the mark of pytest -> the functions of genie_mini.py to blank
     "patchify": ("patchify", "unpatchify"),

@@ -1,0 +1,418 @@
+"""The tests of what stands in extras/: bench, checkpoints, the window."""
+
+import inspect
+import math
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import genie_mini
+import test_genie_mini
+from extras import bench, checkpoints, worlds
+from extras import window as window_module
+from extras.testing import (fuzzed, measurements, must_fail, mutant, random_frames, tiny,
+                            tiny_genie, tiny_trainer, weights_of)
+
+# --- bench and the window -----------------------------------------------------------------------
+
+
+def test_float_operations_are_counted(bench=bench, gm=genie_mini):
+    """Failing means that the counter overlooks a part of the model: what bench calls a share of the
+    peak is then too small."""
+    layer, x = gm.STBlock(16, 2, 9).space, torch.randn(6, 81, 16)
+    assert bench.count_flops(lambda: layer(x)) == 6 * (81 * 16 * (48 + 16) + 2 * 81 * 81 * 16) * 2
+
+
+def test_bench_counts_as_many_passes_on_both_sides(gm=genie_mini):
+    """Failing means that play with the cache is timed over fewer MaskGIT passes than play without:
+    the cache then looks better than it is."""
+    smoke = {**gm.PRESETS["smoke"], "maskgit_steps": 10}
+    cosine, other = (bench.bench_play(gm.Config(**smoke, mask_schedule=name), torch.device("cpu"))
+                     for name in ("cosine", "adaptive"))
+    assert cosine["gflop"] == other["gflop"]
+
+
+def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, bench=bench, gm=genie_mini):
+    """Failing means that bench leaves out the step that begins the memory anew, or times it alone:
+    play is then slower, or faster, than it says."""
+    remembered, observe = [], gm.Genie.observe
+    monkeypatch.setattr(gm.Genie, "observe", lambda genie, state, *rest: remembered.append(
+        state.tokens.shape[1]) or observe(genie, state, *rest))
+    monkeypatch.setattr(bench, "timed", lambda _, cached, *__, repeats: cached()
+                        or np.array([[6.0, 1.0, 1.0]]))
+    config = gm.Config(**{**gm.PRESETS["smoke"], "dyn_frames": 6})
+    result = bench.bench_play(config, torch.device("cpu"))              # 3 frames in 1 s, or in 6
+    assert (result["fps"], result["fps_uncached"], result["speedup"]) == (3, 0.5, 6)
+    assert remembered == [3, 4, 5] * 2, "once to time it, once to count its float operations"
+
+
+def test_bench_knows_the_baseline_from_the_step(monkeypatch, bench=bench, gm=genie_mini):
+    """Failing means that bench takes the baseline of training for the step, or the other way."""
+    kinds, written_out = [], bench.written_out
+    monkeypatch.setattr(bench, "written_out",
+                        lambda work: kinds.append("written out") or written_out(work))
+
+    def timed(*works):
+        for work in works[:2]:
+            work()
+            kinds.append("done")
+        return np.array([[2.0, 1.0, 1.0]])
+
+    monkeypatch.setattr(bench, "timed", timed)
+    result = bench.bench_training(gm.Config(**gm.PRESETS["smoke"]), torch.device("cpu"))
+    assert kinds[:3] == ["written out", "done", "done"], "the first is the baseline"
+    assert {row["speedup_over_baseline"] for row in result.values()} == {2}
+
+
+def test_share_of_the_peak_by_hand(bench=bench, gm=genie_mini):
+    """Failing means that bench compares a speed with the peak of another round, or counts other
+    float operations than its matrix product has."""
+    product, its_flops = bench.matrix_product(torch.float32, torch.device("cpu"))
+    assert bench.count_flops(product) == its_flops
+    seconds, peak = np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 1.0])
+    row = bench.rates("speed", 8, 1, seconds, peak)                     # shares 1/2, 1/2 and 1/4
+    assert (row["mfu"], row["speed"], row["speed_range"]) == (0.5, 4, [2, 8])
+
+
+def test_saved_bytes(gm=genie_mini):
+    """Failing means that micro_batch auto miscounts what a step keeps in memory."""
+    x = torch.zeros(1000, requires_grad=True)
+    assert bench.saved_bytes(lambda: x.exp()) == 4000                   # its result
+    assert bench.saved_bytes(lambda: x.exp().exp()) == 8000
+    y = x.exp()
+    assert bench.saved_bytes(lambda: y[:500] * y[500:]) == 4000         # two views of one storage
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
+    """Failing means that the arrow of a button points elsewhere than it moves things, or that the
+    arrow keys press other buttons than those which move things their way."""
+    genie = tiny_genie(gm)
+    frames = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    frames[:, 20:28, 30:38] = torch.from_numpy(worlds.HERO.copy())
+    frames[2] = 0                                                       # nothing there to move
+    moves = [(0, 0), (4, 0), (-4, 0), (0, 3), (0, -3), (1, 2), (0, 0), (0, 0)]
+    genie.start = lambda frames: None
+    genie.step = lambda state, action, generator: (frames.roll(moves[action], (1, 2)), None)
+    motion, changed = window_module.button_motion(genie, frames)
+    assert motion.round().sign().tolist() == [[np.sign(dy), np.sign(dx)] for dy, dx in moves]
+    expected = [gm.wrong(frames.roll(move, (1, 2)), frames).mean().item() for move in moves]
+    assert changed.tolist() == pytest.approx(expected) and expected[0] == 0 < expected[5]
+    keys = window_module.arrow_keys(motion, changed)
+    assert [moves[keys[key]] for key in ("up", "down", "left", "right")] == [
+        (-4, 0), (4, 0), (0, -3), (0, 3)] and moves[keys[" "]] == (0, 0)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+class Payload:
+    """Pickles as a command that is run when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def good_checkpoint(gm):
+    """The contents of a checkpoint, as Trainer.save writes them."""
+    c = tiny(gm)
+    return {"version": gm.VERSION, "config": gm.dataclasses.asdict(c), "data": "demo.npz",
+            "data_checksum": 0, "stage": 2, "step": 0, "rows": [],
+            "model": gm.Genie(c).state_dict(), "optimizer": None}
+
+
+def spoil(contents, kind, folder):
+    """Make a checkpoint's contents wrong in one way."""
+    config, weights = contents["config"], contents["model"]
+    if kind == "version":
+        contents["version"] = 999
+    elif kind == "unknown field":
+        config["surprise"] = 1
+    elif kind == "missing field":
+        del config["tok_dim"]
+    elif kind == "mistyped field":
+        config["tok_dim"] = "16"
+    elif kind == "impossible field":
+        config["tok_dim"] = 17
+    elif kind == "other sizes":
+        config["tok_dim"] = 32
+    elif kind == "weight missing":
+        del weights["tokenizer.embed.weight"]
+    elif kind == "NaN":
+        weights["dynamics.to_logits.weight"][0, 0] = math.nan
+    elif kind == "no weights":
+        del contents["model"]
+    elif kind == "ten million wide":
+        config["tok_dim"] = 10_000_000
+    elif kind == "a million layers":
+        config["dyn_layers"] = 1_000_000
+    elif kind == "number too long":
+        config["lr"], config["batch"] = 1e-3, 10 ** 400
+    elif kind == "spread thin":               # hundreds of MB in shape, one number each in the file
+        config["tok_dim"] = config["lam_dim"] = config["dyn_dim"] = 1024
+        with torch.device("meta"):
+            wanted = genie_mini.Genie(genie_mini.Config(**config)).state_dict()
+        contents["model"] = {name: torch.zeros((), dtype=t.dtype).expand(t.shape)
+                             for name, t in wanted.items()}
+    elif kind == "on meta":
+        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].to("meta")
+    elif kind == "other type":
+        weights["dynamics.to_logits.weight"] = weights["dynamics.to_logits.weight"].long()
+    elif kind == "names for weights":
+        contents["model"] = dict.fromkeys(weights, "a name")
+    elif kind == "rows":
+        contents["rows"] = [{"stage": "world", "step": "last"}]
+    elif kind == "beyond the file":
+        contents["more"] = torch.ones(200)
+    elif kind == "position":
+        contents["step"] = -1
+    elif kind == "version tensor":
+        contents["version"] = torch.ones(2)
+    elif kind == "payload":
+        contents["rows"] = Payload(folder / "it was run")
+
+
+def rewrite(path, kind):
+    """Pack a checkpoint anew: compressed a thousandfold, or with a tensor said to be longer."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled, = [name for name in entries if name.endswith("data.pkl")]
+    if kind == "bomb":
+        entries[pickled] += bytes(20_000_000)
+    else:
+        short, long = b"K\xc8", b"J" + (10 ** 9).to_bytes(4, "little")   # pickle's 200, and 1e9
+        assert short in entries[pickled]
+        entries[pickled] = entries[pickled].replace(short, long)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if name == pickled else None)
+
+
+@pytest.mark.parametrize("kind", [
+    "version", "unknown field", "missing field", "mistyped field", "impossible field",
+    "other sizes", "weight missing", "NaN", "no weights", "payload", "cut", "flipped", "text",
+    "empty", "pickle", "list", "absent", "folder", "ten million wide", "a million layers",
+    "number too long", "spread thin", "on meta", "other type", "names for weights", "rows",
+    "position", "version tensor", "bit", "bomb", "beyond the file"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_checkpoint(tmp_path, kind, gm=genie_mini):
+    """Failing means that a damaged or hostile file is used, runs code, or ends in a traceback."""
+    path, contents = tmp_path / "checkpoint.pt", good_checkpoint(gm)
+    checkpoints.save_checkpoint(path, contents)
+    assert gm.Genie.load(path).config == tiny(gm), "the good one must load"
+    spoil(contents, kind, tmp_path)
+    torch.save([1] if kind == "list" else contents, path)
+    data = path.read_bytes()
+    if kind == "bit":                                                   # in the middle of a weight
+        with zipfile.ZipFile(path) as archive:
+            entry = max((e for e in archive.infolist() if "/data/" in e.filename),
+                        key=lambda entry: entry.file_size)
+        at = data.index(entry.filename.encode()) + len(entry.filename) + 100
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    elif kind in ("bomb", "beyond the file"):
+        rewrite(path, kind)
+    if kind == "cut":
+        path.write_bytes(data[:len(data) // 2])
+    elif kind == "text":
+        path.write_text("no checkpoint", encoding="utf-8")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "flipped":
+        path.write_bytes(data[:64] + bytes(64) + data[128:])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(tmp_path / "it was run")))
+    elif kind in ("absent", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    with pytest.raises(gm.UserError) as caught:
+        gm.Genie.load(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "it was run").exists()
+
+
+def test_checkpoint_gives_back_what_was_saved(tmp_path, gm=genie_mini):
+    """Failing means that a trained model changes by being saved and loaded."""
+    genie = tiny_genie(gm)
+    contents = {**good_checkpoint(gm), "model": genie.state_dict()}
+    checkpoints.save_checkpoint(tmp_path / "c.pt", contents)
+    loaded, first = gm.Genie.load(tmp_path / "c.pt"), random_frames(1)
+    actions = torch.tensor([[1, 2, 3]])
+    assert not loaded.training
+    assert (loaded.rollout(first, actions, gm.seeded(0))
+            == genie.rollout(first, actions, gm.seeded(0))).all()
+    half = {name: t.half() if t.is_floating_point() else t              # as in assets/demo.pt
+            for name, t in genie.state_dict().items()}
+    checkpoints.save_checkpoint(tmp_path / "c.pt", {**contents, "model": half})
+    loaded = weights_of(gm.Genie.load(tmp_path / "c.pt"))
+    assert all(loaded[name].dtype != torch.half and (loaded[name] == half[name]).all()
+               for name in half)
+
+
+def test_saving_is_all_or_nothing(tmp_path, gm=genie_mini):
+    """Failing means that a crash while saving destroys the checkpoint of a day's training."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save_checkpoint(path, {"a": torch.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(Exception):
+        checkpoints.save_checkpoint(path, {"a": torch.zeros(9), "b": lambda: "cannot be pickled"})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, gm=genie_mini):
+    """Failing means that a save which finds no room spoils what was saved before, or ends in a
+    traceback. The room is taken away by a limit on the size of files."""
+    resource = pytest.importorskip("resource")                          # not on Windows
+    path = tmp_path / "checkpoint.pt"
+    for i in range(2):
+        checkpoints.save_checkpoint(path, {"a": torch.full((3,), i)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(Exception) as caught:
+            checkpoints.save_checkpoint(path, {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [checkpoints.previous(path), path]
+    assert caught.type is gm.UserError and "File too large" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.update({0: {"step": 1}}), lambda state: state.update({99: state[0]}),
+    lambda state: state[0].update(exp_avg=torch.zeros(3)),
+    lambda state: state[0]["exp_avg"].fill_(math.nan), lambda state: state.update({"a": state[0]})])
+def test_a_wrong_optimizer_state_is_refused(demo_file, tmp_path, change, gm=genie_mini):
+    """Failing means that a checkpoint's optimizer state, which may be anyone's, is used unseen."""
+    trainer = tiny_trainer(gm, demo_file, tmp_path)
+    trainer.optimizer_step()
+    trainer.save()
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "checkpoint.pt")
+    trainer.resume(checkpoint)
+    change(checkpoint["optimizer"]["state"])
+    with pytest.raises(gm.UserError, match="does not fit"):
+        trainer.resume(checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
+    """Failing means that a damaged checkpoint ends in a traceback, or is read as another one; or
+    that a Config of random values does."""
+    path, rng, contents = tmp_path / "checkpoint.pt", np.random.default_rng(0), good_checkpoint(gm)
+    checkpoints.save_checkpoint(path, contents)
+    data, refused = path.read_bytes(), 0
+    for _ in range(cases):
+        path.write_bytes(fuzzed(data, rng))
+        try:
+            weights = checkpoints.read_checkpoint(path)["model"]
+        except gm.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert all((weights[name] == t).all() for name, t in contents["model"].items())
+    assert refused > cases / 2
+    names, refused = list(contents["config"]), 0
+    strange = [0, -1, 3, 2 ** 40, 10 ** 400, 0.5, -0.0, 1e308, math.inf, math.nan, True, None, "",
+               "cpu", "diff", [], {}, b"a", torch.ones(2)]
+    for _ in range(4 * cases):
+        config = dict(contents["config"])
+        for name in rng.choice(names, rng.integers(1, 4)):
+            config[str(name)] = strange[rng.integers(len(strange))]
+        try:
+            checkpoints.check_contents({**contents, "config": config}, len(data))
+        except gm.UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 3 * cases
+
+
+CHECKPOINT_BUGS = [
+    ("checkpoints may run code", "weights_only=True", "weights_only=False", test_bad_checkpoint,
+     {"kind": "payload"}),
+    ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
+     test_bad_checkpoint, {"kind": "NaN"}),
+    ("a checkpoint's weights not compared", "{n: kind(t) for n, t in wanted.items()} !=",
+     "None ==", test_bad_checkpoint, {"kind": "other type"}),
+    ("a checkpoint may claim a model larger than itself",
+     "sum(t.nbytes for t in weights.values()) > size", "False", test_bad_checkpoint,
+     {"kind": "spread thin"}),
+    ("checksums not looked at", "if archive.testzip():", "if False:", test_bad_checkpoint,
+     {"kind": "bit"}),
+    ("zip bombs let in", "files.check_sizes(archive)", "pass", test_bad_checkpoint,
+     {"kind": "bomb"}),
+    ("checkpoint written in place",
+     "with files.written_whole(path, keep=previous(path)) as file:",
+     'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
+]
+
+
+EXTRAS_BUGS = [
+    ("arrows the wrong way round", "(new - old)[", "(old - new)[", test_motion_of_a_button, {}),
+    ("the baseline taken for the step", "theirs, ours, its_seconds", "ours, theirs, its_seconds",
+     test_bench_knows_the_baseline_from_the_step, {}),
+    ("no cache taken for the cache", "slow, fast, its_seconds", "fast, slow, its_seconds",
+     test_bench_plays_a_whole_turn_of_the_memory, {}),
+    ("the peak of another round", "flops / seconds / peak", "flops / seconds / max(peak)",
+     test_share_of_the_peak_by_hand, {}),
+    ("micro_batch auto takes all", "share * need / free", "need / free",
+     test_genie_mini.test_micro_batch_auto,
+     {"stage": 1}),
+    ("fused attention costs nothing", "        written_out(work)\n    return",
+     "        work()\n    return", test_float_operations_are_counted, {}),
+]
+
+
+def block_flops(T, side, D, full):
+    """Float operations of training one block on one clip of T frames of side x side patches. Full
+    attention is space attention in which all patches of the clip stand in one large frame."""
+    side, T = (math.isqrt(T) * side, 1) if full else (side, T)
+    with torch.device("meta"):                           # shapes without numbers: to count is free
+        block = genie_mini.STBlock(D, 4, side)
+        x = torch.empty(1, T, side ** 2, D)
+    block.time = None if full else block.time
+    return bench.count_flops(lambda: block(x)[0].sum().backward())
+
+
+def test_cost_grows_with_frames():
+    """Failing means that the cost of ST-attention does not grow in proportion to the frames, that
+    the comparison with full attention is not of the same patches, or MEASUREMENTS shows another."""
+    # A product of (a, b) and (b, c) is 2abc; backward twice that. Space's projections and the
+    # feed-forward network are 12 D x D products a patch, time's projections 4, a pair of patches 2.
+    D, N = 16, 16
+    for T in (1, 4, 16):
+        assert block_flops(T, 4, D, True) == 6 * (12 * T * N * D * D + 2 * (T * N) ** 2 * D)
+        assert block_flops(T, 4, D, False) == 6 * (
+            16 * T * N * D * D + 2 * T * N * N * D + 2 * N * T * T * D), "not (T * N)^2"
+    for name, full in (("ST-attention", False), ("full attention", True)):
+        cells = [f"{block_flops(T, 16, 128, full) / 1e9:.3g}" for T in (1, 4, 16)]
+        assert f"| {name}, GFLOP | {' | '.join(cells)} |" in measurements()
+
+
+@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in EXTRAS_BUGS],
+                         ids=[bug[0] for bug in EXTRAS_BUGS])
+def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request):
+    """Failing means that a bug like this one in extras/ would pass all tests."""
+    needs = inspect.signature(test).parameters
+    name, module = ("bench", bench) if "bench" in needs else ("window_module", window_module)
+    must_fail(test, request, **arguments, **{name: mutant(old, new, module)})
+
+
+@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in CHECKPOINT_BUGS],
+                         ids=[bug[0] for bug in CHECKPOINT_BUGS])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_planted_bug_in_the_checkpoints_is_caught(old, new, test, arguments, request, monkeypatch):
+    """Failing means that a bug like this one in extras/checkpoints.py would pass all tests."""
+    broken = mutant(old, new, checkpoints)
+    monkeypatch.setitem(globals(), "checkpoints", broken)
+    monkeypatch.setitem(sys.modules, "extras.checkpoints", broken)
+    must_fail(test, request, **arguments)
