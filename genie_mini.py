@@ -54,7 +54,8 @@ from extras import files, ranks, worlds
 from extras.files import UserError
 from extras.pictures import draw_curves
 
-VERSION = 4                     # of the checkpoint format
+CHECKPOINT = "checkpoint.safetensors"
+VERSION = 5                     # of its format
 SIZE = files.SIZE               # frames are 64 x 64 pixels
 CLIP = files.FRAMES             # frames in a stored sequence: 16
 
@@ -1294,16 +1295,16 @@ class Trainer:
             self.told.add(str(error))
 
     def save(self):
-        """Write checkpoint.pt: all that a resumed run or play needs. Raises UserError on NaN."""
+        """Write a checkpoint: all that a resumed run or play needs. Raises UserError on NaN."""
         from extras.checkpoints import finite, save_checkpoint
         if not finite(self.genie.state_dict().values()):
             raise UserError(f"the weights hold NaN or infinity at step {self.step}: not saved;"
                             f" {self.out} keeps its last good checkpoint; try a lower --lr")
-        save_checkpoint(self.out / "checkpoint.pt", {
+        moments = self.optimizer.state_dict()["state"] if self.models else {}
+        save_checkpoint(self.out / CHECKPOINT, self.genie.state_dict(), moments, {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
             "data_checksum": self.train_set.checksum(), "stage": self.stage, "step": self.step,
-            "rows": self.rows, "model": self.genie.state_dict(),
-            "optimizer": self.optimizer.state_dict() if self.models else None})
+            "rows": self.rows})
 
     def resume(self, checkpoint):
         """Take up a run where its checkpoint stands. Raises UserError.
@@ -1318,7 +1319,7 @@ class Trainer:
         self.enter_stage(checkpoint["stage"])
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
         if self.models:
-            moments = (checkpoint["optimizer"] or {}).get("state")
+            moments = checkpoint["optimizer"]
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             if not moments_fit(moments, parameters):
                 raise UserError("the optimizer's state in the checkpoint does not fit its models:"
@@ -1538,7 +1539,7 @@ def print_table(result):
 # nearest right word, and no mistake of the user's with a traceback.
 
 DEMO_DATA = Path("data/demo.npz")
-DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.pt"
+DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.safetensors"
 PLAYING = ("maskgit_steps", "temperature", "order_noise",       # a trained run may be sampled, and
            "mask_schedule", "precision", "device")              # computed, in another way
 
@@ -1547,7 +1548,7 @@ def checkpoint_path(run):
     """The checkpoint in a run folder; without a run, the pretrained demo checkpoint."""
     if run is None:
         return DEMO_CHECKPOINT
-    return Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+    return Path(run) / CHECKPOINT if Path(run).is_dir() else Path(run)
 
 
 def load_run(args):
@@ -1598,7 +1599,7 @@ def prepare(args):
     if not args.resume:
         config = make_config(args)
         out = Path(args.out or f"runs/{config.preset}")
-        path = out / "checkpoint.pt"
+        path = out / CHECKPOINT
         if path.exists() or previous(path).exists():
             raise UserError(f"{out} already holds a run: go on with --resume --out {out}, or name"
                             " another --out")
@@ -1617,7 +1618,7 @@ def prepare(args):
     trainer = Trainer(config, find_data(args.data, checkpoint["data"]), args.out)
     trainer.resume(checkpoint)
     if ranks.RANK == 0 and used != path and path.exists():
-        path.replace(path.with_suffix(".damaged.pt"))    # or the next save would keep it, as good
+        path.replace(path.with_suffix(".damaged.safetensors"))      # or it would be kept as good
     return trainer
 
 

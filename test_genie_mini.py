@@ -1351,11 +1351,12 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
         finished = False
     assert finished == (interrupt is None)
     if not finished:
-        checkpoint = checkpoints.read_checkpoint(out / "checkpoint.pt")
+        checkpoint = checkpoints.read_checkpoint(out / "checkpoint.safetensors")
         trainer = tiny_trainer(gm, data, out, **TINY_RUN)
         trainer.resume(checkpoint)
         assert trainer.run()
-    return torch.load(out / "checkpoint.pt"), (out / "metrics.csv").read_text(encoding="utf-8")
+    return (checkpoints.read_checkpoint(out / gm.CHECKPOINT),
+            (out / "metrics.csv").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -1402,8 +1403,9 @@ test_genie_mini.run_of(genie_mini, sys.argv[3], Path(sys.argv[4]))
 """
 
 
-@pytest.mark.parametrize("name, call", [("checkpoint.previous.pt", 1), ("checkpoint.pt", 3),
-                                        ("checkpoint.previous.pt", 4)])
+@pytest.mark.parametrize("name, call", [
+    ("checkpoint.previous.safetensors", 1), ("checkpoint.safetensors", 3),
+    ("checkpoint.previous.safetensors", 4)])
 def test_a_killed_run_goes_on_exactly(demo_file, tmp_path, whole_run, monkeypatch, name, call,
                                       gm=genie_mini):
     """Failing means that a run which is killed while it writes a checkpoint is lost, or ends
@@ -1414,13 +1416,13 @@ def test_a_killed_run_goes_on_exactly(demo_file, tmp_path, whole_run, monkeypatc
     killed = subprocess.run([sys.executable, "-c", KILLED, name, str(call), demo_file, out],
                             cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
-    checkpoint, used = checkpoints.newest_checkpoint(out / "checkpoint.pt")
-    assert (used == out / "checkpoint.pt") == (name != "checkpoint.pt")
+    checkpoint, used = checkpoints.newest_checkpoint(out / "checkpoint.safetensors")
+    assert (used == out / "checkpoint.safetensors") == (name != "checkpoint.safetensors")
     trainer = tiny_trainer(gm, demo_file, out, **TINY_RUN)
     trainer.resume(checkpoint)
     assert trainer.run()
     whole, log = whole_run
-    again = checkpoints.read_checkpoint(out / "checkpoint.pt")
+    again = checkpoints.read_checkpoint(out / "checkpoint.safetensors")
     assert all((whole["model"][n] == again["model"][n]).all() for n in whole["model"])
     assert (out / "metrics.csv").read_text(encoding="utf-8") == log
 
@@ -1480,7 +1482,7 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
     for text in ("parameters: ", "stopped and saved"):
         assert run.stdout.count(text) == 1, f"rank 0 alone speaks\n{run.stderr}"
-    checkpoint = checkpoints.read_checkpoint(tmp_path / "two" / "checkpoint.pt")
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "two" / "checkpoint.safetensors")
     assert (checkpoint["stage"], checkpoint["step"]) == (1, 2)
 
     trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
@@ -1528,7 +1530,7 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     that weights which are no numbers take the place of good ones."""
     trainer = tiny_trainer(gm, demo_file, tmp_path)
     trainer.save()
-    good = (tmp_path / "checkpoint.pt").read_bytes()
+    good = (tmp_path / "checkpoint.safetensors").read_bytes()
     for loss, norm in ((math.nan, 1.0), (2000.0, 1.0), (1.0, math.inf), (1.0, math.nan)):
         with pytest.raises(gm.UserError, match="broke down at step 1 of stage tokenizer"):
             trainer.picks = [3, 4]
@@ -1542,8 +1544,8 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     assert all((before[n] == after[n]).all() for n in before if n != "tokenizer.embed.weight")
     with pytest.raises(gm.UserError, match="not saved"):
         trainer.save()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
 
 
 # --- presets --------------------------------------------------------------------------------

@@ -1,75 +1,82 @@
 """Checkpoint files: written so that a crash loses none, and weighed before they are used.
 
 A crash, or a full disk, can come while a checkpoint is written; and a file that somebody sends you
-can claim anything. So two checkpoints are kept, each written under another name first, and what is
-read is weighed before it is used. Nothing here learns; genie_mini.py saves, resumes and loads by
-it.
+can claim anything. So two checkpoints are kept, each written under another name first. The format
+is safetensors: numbers and a text, never code, and nothing is allocated that the file does not
+hold. Nothing here learns; genie_mini.py saves, resumes and loads by it.
 """
 
-import copy
 import dataclasses
-import io
-import zipfile
+import json
+import zlib
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from extras import files
 from extras.files import UserError
 from genie_mini import STAGES, VERSION, Config, Genie, check_config
 
+# What is said beside the numbers, as JSON, and its type.
+ABOUT = {"version": int, "config": dict, "data": str, "data_checksum": int, "stage": int,
+         "step": int, "rows": list, "checksum": int}
+
 
 def previous(path):
-    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.pt."""
-    return Path(path).with_suffix(".previous.pt")
+    """Where the checkpoint that `path` replaced is kept: checkpoint.previous.safetensors."""
+    return Path(path).with_suffix(".previous.safetensors")
 
 
-def save_checkpoint(path, contents):
-    """Write to a temporary name, then rename, and keep the one before: however a crash or a full
-    disk cuts this short, one of the two is whole."""
-    buffer = io.BytesIO()                   # torch.save itself hides why a file cannot be written
-    torch.save(contents, buffer)
+def checksum(tensors):
+    """Of every number in {name: tensor}: disks and downloads flip bits."""
+    total = 0
+    for _, t in sorted(tensors.items()):
+        total = zlib.crc32(t.contiguous().view(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
+def save_checkpoint(path, model, moments, about):
+    """Write weights {name: tensor}, an optimizer's moments {i: {name: tensor}}, and what is said of
+    them (ABOUT), to a temporary name; then rename, and keep the one before: however a crash or a
+    full disk cuts this short, one of the two is whole."""
+    tensors = {f"model.{name}": t for name, t in model.items()}
+    for i, moment in moments.items():
+        tensors.update({f"optimizer.{i}.{name}": t for name, t in moment.items()})
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    about = {**about, "checksum": checksum(tensors)}
     with files.written_whole(path, keep=previous(path)) as file:
-        file.write(buffer.getbuffer())
+        file.write(save(tensors, {"genie_mini": json.dumps(about)}))
 
 
 def kind(tensor):
     """What two tensors must share for one to be copied onto the other. Weights may be shared in
     half precision, so that any floating-point type fits any other."""
-    return type(tensor) is torch.Tensor and (
-        tensor.shape, tensor.layout, tensor.is_floating_point() or tensor.dtype)
+    return tensor.shape, tensor.is_floating_point() or tensor.dtype
 
 
 def finite(tensors):
-    """Is every number in them one? (Those on "meta" have none: a hostile file may hold such.)"""
-    return all(not t.is_meta and torch.isfinite(t).all() for t in tensors)
+    """Is every number in them one?"""
+    return all(torch.isfinite(t).all() for t in tensors)
 
 
 def moments_fit(moments, parameters):
     """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
-    return isinstance(moments, dict) and all(
-        i in range(len(parameters)) and isinstance(m, dict)
-        and set(m) == {"step", "exp_avg", "exp_avg_sq"}
-        and kind(m["step"]) == kind(torch.tensor(0.0))
-        and kind(m["exp_avg"]) == kind(m["exp_avg_sq"]) == kind(parameters[i].detach())
-        and finite(m.values())
-        for i, m in moments.items())
+    return finite(t for m in moments.values() for t in m.values()) and all(
+        i in range(len(parameters)) and {name: kind(t) for name, t in m.items()} == {
+            "step": kind(torch.tensor(0.0)), "exp_avg": kind(parameters[i]),
+            "exp_avg_sq": kind(parameters[i])} for i, m in moments.items())
 
 
-def check_contents(checkpoint, size):
-    """Judge what a checkpoint file of `size` bytes holds. Returns its Config. Raises UserError.
-
-    Nothing that the file declares is built or allocated before it is known to be in the file.
-    """
-    types = {"version": int, "config": dict, "data": str, "data_checksum": int, "stage": int,
-             "step": int, "rows": list, "model": dict, "optimizer": (dict, type(None))}
-    if not isinstance(checkpoint, dict) or type(checkpoint.get("version")) is not int or (
-            checkpoint["version"] != VERSION):
+def check_contents(about, weights):
+    """Judge what a checkpoint file says and holds. Returns its Config. Raises UserError."""
+    if not isinstance(about, dict) or about.get("version") != VERSION:
         raise UserError(f"it is not a version-{VERSION} checkpoint of genie_mini")
-    wrong = [name for name in types if not isinstance(checkpoint.get(name), types[name])]
+    wrong = [name for name in ABOUT if type(about.get(name)) is not ABOUT[name]]
     if wrong:
         raise UserError(f"it is incomplete: {', '.join(wrong)} missing or mistyped")
-    values, types = checkpoint["config"], {f.name: f.type for f in dataclasses.fields(Config)}
+    values, types = about["config"], {f.name: f.type for f in dataclasses.fields(Config)}
     if set(values) != set(types) or any(type(values[name]) is not types[name] for name in types):
         raise UserError("its config has missing, unknown or mistyped fields, so another version"
                         " wrote it")
@@ -77,46 +84,47 @@ def check_contents(checkpoint, size):
     check_config(config)
     with torch.device("meta"):                                          # shapes without memory
         wanted = Genie(config).state_dict()
-    weights = checkpoint["model"]
-    if {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()} or (
-            sum(t.nbytes for t in weights.values()) > size):
+    if {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}:
         raise UserError("its weights do not fit its own config")
     if not finite(weights.values()):
         raise UserError("its weights hold NaN or infinity")
-    if not (0 <= checkpoint["stage"] <= len(STAGES) and checkpoint["step"] >= 0 and all(
-            isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
-            and {type(v) for n, v in row.items() if n != "stage"} <= {int, float}
-            for row in checkpoint["rows"])):
-        raise UserError("its position or its log makes no sense")
+    if not (0 <= about["stage"] <= len(STAGES) and 0 <= about["step"] < 2**31
+            and about["data"].isprintable() and all(
+                isinstance(row, dict) and row.get("stage") in STAGES and "step" in row
+                and all(type(v) in (int, float) and abs(v) < 1e300
+                        for n, v in row.items() if n != "stage") for row in about["rows"])):
+        raise UserError("its position, its log or its data's name makes no sense")
     return config
 
 
 def read_checkpoint(path):
-    """Read and check a checkpoint: {"config": Config, "model": weights, ...}. Raises UserError.
-
-    A file from a stranger may hold numbers and text, never code (weights_only). Sizes and checksums
-    come first, since torch.load looks at neither; mmap keeps it from reading beyond the file, and
-    deepcopy then brings into memory what the file really holds.
-    """
+    """Read and check a checkpoint: what it says (ABOUT), with "config" as a Config, the weights as
+    "model" and the optimizer's moments as "optimizer". Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: make one with python genie_mini.py"
                         " train")
     try:
-        with zipfile.ZipFile(path) as archive:
-            files.check_sizes(archive)
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        checkpoint = copy.deepcopy(torch.load(str(path), map_location="cpu", weights_only=True,
-                                              mmap=True))
-    except Exception as error:                       # torch raises many kinds on a damaged file
+        with safe_open(path, "pt") as file:              # copies: the file itself may be replaced
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            about = json.loads(file.metadata()["genie_mini"])
+        if about["checksum"] != checksum(tensors):
+            raise ValueError("a wrong checksum")
+        parts = {"model": {}, "optimizer": {}}
+        for name, t in tensors.items():
+            part, rest = name.split(".", 1)
+            if part == "optimizer":
+                i, rest = rest.split(".")
+                parts[part].setdefault(int(i), {})[rest] = t
+            else:
+                parts[part][rest] = t
+    except Exception as error:                           # safetensors, or JSON, or a missing name
         raise UserError(f"{path} is not a checkpoint of genie_mini, or is damaged"
                         f" ({type(error).__name__}); train again or use another file") from None
     try:
-        checkpoint["config"] = check_contents(checkpoint, Path(path).stat().st_size)
-    except (UserError, ValueError, RuntimeError) as error:     # numbers too long, types too odd
+        return {**about, **parts, "config": check_contents(about, parts["model"])}
+    except UserError as error:
         raise UserError(f"{path} cannot be used: {error}; train again or use another file"
                         ) from None
-    return checkpoint
 
 
 def newest_checkpoint(path):

@@ -274,7 +274,7 @@ class Progress:
 
 def sweep(out):
     """Remove what a killed run was writing, and nothing that another program made."""
-    ours = r"\.(checkpoint\.pt|metrics\.csv|eval\.json|\w+\.png)\.\d+\.tmp"
+    ours = r"\.(checkpoint\.safetensors|metrics\.csv|eval\.json|\w+\.png)\.\d+\.tmp"
     for half in out.iterdir():
         if re.fullmatch(ours, half.name):
             half.unlink()

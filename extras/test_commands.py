@@ -88,7 +88,8 @@ def check_evaluation(path):
 def test_train_leaves_a_whole_run(workspace):
     """Failing means that training from a video does not end with all that the README promises."""
     run = workspace / "run"
-    expected = {"checkpoint.pt", "checkpoint.previous.pt", "metrics.csv", "losses.png",
+    expected = {"checkpoint.safetensors", "checkpoint.previous.safetensors",
+                "metrics.csv", "losses.png",
                 "reconstruction.png", "rollout.png", "buttons.png", "eval.json"}
     assert {path.name for path in run.iterdir()} == expected
     for name in expected:
@@ -200,7 +201,7 @@ def window(workspace, monkeypatch, tmp_path):
     import matplotlib
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    genie = genie_mini.Genie.load(workspace / "run" / "checkpoint.pt")
+    genie = genie_mini.Genie.load(workspace / "run" / "checkpoint.safetensors")
     firsts = genie_mini.Sequences(workspace / "walk.npz", "test").frames([0, 2])[:, 0]
     arrows = {"up": 1, "down": 2, "left": 3, "right": 4, " ": 0}
     window = window_module.Window(genie, firsts, arrows, genie_mini.seeded(0))
@@ -318,7 +319,7 @@ def test_readme_shows_an_agent_in_the_dream():
     """Failing means that the Python code in README does not run as it stands."""
     readme = (ROOT / "README.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
-    code = code.replace('"assets/demo.pt"', repr(str(genie_mini.DEMO_CHECKPOINT)))
+    code = code.replace('"assets/demo.safetensors"', repr(str(genie_mini.DEMO_CHECKPOINT)))
     seen, names = [], {"agent": lambda frame: seen.append(np.asarray(frame)) or 3}
     exec(code, names)
     assert len(seen) == 64 and (seen[0] == worlds.DemoWorld(7).frame()).all()
@@ -369,10 +370,10 @@ def test_resume_wants_the_same_video(workspace, tmp_path, capsys):
     arrays = dict(np.load(data, allow_pickle=False))
     arrays["train"][-1, -1, -1, -1] ^= 1                           # one pixel of the last frame
     np.savez(data, **arrays)
-    before = (run / "checkpoint.pt").read_bytes()
+    before = (run / "checkpoint.safetensors").read_bytes()
     assert genie_mini.main(command) == 2
     assert "is not the video that this run began on" in capsys.readouterr().err
-    assert (run / "checkpoint.pt").read_bytes() == before
+    assert (run / "checkpoint.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -396,9 +397,9 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
     assert genie_mini.main(["train", "--preset", "smoke", "--data", str(data), *TRAIN_STEPS,
                             "--out", str(out)]) == status
     assert f'--resume --out "{out}"' in capsys.readouterr().out
-    stopped = checkpoints.read_checkpoint(out / "checkpoint.pt")
+    stopped = checkpoints.read_checkpoint(out / "checkpoint.safetensors")
     assert (stopped["stage"], stopped["step"]) == (1, 3), "the step was finished, and saved"
-    newest = out / "checkpoint.pt"
+    newest = out / "checkpoint.safetensors"
     newest.write_bytes(newest.read_bytes()[:5000])
     genie_mini.Genie.load(newest)
     monkeypatch.setattr(genie_mini.Trainer, "optimizer_step", step)
@@ -409,8 +410,8 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
     said = capsys.readouterr()
     assert statuses == [0] and f'play --run "{out}"' in said.out
     assert said.err.count("Taking the one before it") == 2
-    assert newest.with_suffix(".damaged.pt").stat().st_size == 5000
-    ends = [checkpoints.read_checkpoint(run / "checkpoint.pt")["model"]
+    assert newest.with_suffix(".damaged.safetensors").stat().st_size == 5000
+    ends = [checkpoints.read_checkpoint(run / "checkpoint.safetensors")["model"]
             for run in (out, workspace / "run")]
     assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
     assert (out / "metrics.csv").read_bytes() == (workspace / "run/metrics.csv").read_bytes()
@@ -663,7 +664,7 @@ def test_model_mistakes_get_one_sentence(workspace, tmp_path, monkeypatch, capsy
     for name in ("half", "cut"):                                        # runs that were cut short
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text("stage,step\n", encoding="utf-8")
-    (tmp_path / "cut" / "checkpoint.pt").write_bytes(b"PK")
+    (tmp_path / "cut" / "checkpoint.safetensors").write_bytes(b"PK")
     before, run = sorted(tmp_path.rglob("*")), workspace / "run" / "metrics.csv"
     log = run.read_bytes()
     names = {"D": str(workspace / "walk.npz"), "RUN": str(workspace / "run")}
@@ -724,8 +725,9 @@ def test_a_run_whose_data_moved_says_what_to_name(demo_file, tmp_path, gm=genie_
 
 def test_what_a_killed_run_left_is_swept(tmp_path, gm=genie_mini):
     """Failing means that half-written files pile up in a run's folder, or a user's file is lost."""
-    left = [".checkpoint.pt.123.tmp", ".metrics.csv.7.tmp", ".rollout.png.99.tmp"]
-    kept = [".notes.2024.tmp", "checkpoint.pt", ".checkpoint.pt.tmp", "rollout.png.1.tmp"]
+    left = [".checkpoint.safetensors.123.tmp", ".metrics.csv.7.tmp", ".rollout.png.99.tmp"]
+    kept = [".notes.2024.tmp", "checkpoint.safetensors", ".checkpoint.safetensors.tmp",
+            "rollout.png.1.tmp"]
     for name in left + kept:
         (tmp_path / name).touch()
     files.sweep(tmp_path)
