@@ -35,10 +35,8 @@ Genie" lists it. The `full` preset is the card of this project: Genie at small s
 
 import copy
 import dataclasses
-import inspect
 import json
 import math
-import re
 import sys
 import time
 import zlib
@@ -50,9 +48,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras import files, ranks, worlds
+from extras import files, ranks
 from extras.files import UserError
-from extras.pictures import draw_curves
+from extras.runlog import COLUMNS, RunLog
 
 CHECKPOINT = "checkpoint.safetensors"
 VERSION = 5                     # of its format
@@ -85,9 +83,7 @@ class Config:
     tok_dim: int = 256              # model width
     tok_layers: int = 4             # layers in the encoder, and as many in the decoder
     tok_codes: int = 32             # codes in the codebook; few, since the video is binary
-    tok_attention: bool = True      # false: each patch is tokenized alone (cost-saver)
     tok_unquantized: int = 100      # steps before the codebook starts: k-means needs a spread
-    tok_frames: int = 16            # frames a sequence; one is enough without tok_attention
     tok_steps: int = 50_000         # optimizer steps of stage 1
     # Latent action model (stage 2)
     lam_patch: int = 8              # coarser than the tokenizer's: motion needs less detail
@@ -128,25 +124,18 @@ class Config:
 
 PRESETS = {
     "full": {},
-    # For a 2-core laptop: narrow, shallow, and a memory of one frame.
+    # The card made small, for two CPU cores: as deep in time, but narrow and shallow. A clip holds
+    # 15 steps, so one clip a step is enough, and many short steps learn faster than few.
     "laptop": dict(
-        tok_dim=64, tok_layers=2, tok_attention=False, tok_frames=1, tok_steps=500,
-        lam_dim=128, lam_layers=2, lam_steps=800, dyn_dim=128, dyn_layers=4, dyn_fold=2,
-        dyn_frames=2, dyn_steps=2400, temperature=0.1, order_noise=0.0,
-        mask_schedule="adaptive", batch=32, micro_batch=32, lr=2e-3, min_lr=1e-4, warmup=100,
-        beta2=0.99, val_every=240),
-    # The card made small: 16 frames, attention over space and time in all three models. A clip
-    # holds 15 steps, so one clip a step is enough, and many short steps learn faster than few.
-    "memory": dict(
         tok_dim=64, tok_layers=2, tok_unquantized=250, tok_steps=800, lam_dim=128, lam_layers=2,
-        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=3200, temperature=0.1,
+        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=4800, temperature=0.1,
         order_noise=0.0, mask_schedule="adaptive", batch=1, micro_batch=1, lr=1e-3, min_lr=1e-4,
         warmup=100, beta2=0.99, val_every=400, val_sequences=32),
     # Everything in a minute or two, for tests; it learns next to nothing.
     "smoke": dict(
-        heads=2, tok_dim=32, tok_layers=1, tok_frames=4, tok_steps=60, tok_unquantized=20,
-        lam_dim=32, lam_layers=1, dyn_dim=32, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60,
-        batch=8, micro_batch=4, lr=2e-3, min_lr=1e-3, warmup=10, val_every=30, val_sequences=8,
+        heads=2, tok_dim=32, tok_layers=1, tok_steps=60, tok_unquantized=20, lam_dim=32,
+        lam_layers=1, dyn_dim=32, dyn_layers=1, dyn_fold=2, dyn_frames=4, dyn_steps=60,
+        batch=4, micro_batch=2, lr=2e-3, min_lr=1e-3, warmup=10, val_every=30, val_sequences=8,
         maskgit_steps=4),
 }
 
@@ -160,7 +149,7 @@ RANGES = {**dict.fromkeys(("tok_dim", "lam_dim", "dyn_dim", "latent_dim"), (1, 8
           **dict.fromkeys(("heads", "tok_patch", "lam_patch", "dyn_fold", "batch", "val_every",
                            "val_sequences"), (1, 2**31 - 1)),
           **dict.fromkeys(("mask_min", "action_noise", "lam_unquantized"), (0, 1)),
-          "tok_frames": (1, CLIP), "dyn_frames": (2, CLIP), "maskgit_steps": (1, 4096),
+          "dyn_frames": (2, CLIP), "maskgit_steps": (1, 4096),
           "beta2": (0, 0.9999)}
 
 
@@ -371,36 +360,29 @@ def start_on_neighbours(attention, strength=1.8):
 
 
 class STBlock(nn.Module):
-    """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm).
+    """Space, then time, then a feed-forward network; each on a normalised copy (pre-norm)."""
 
-    Without `attention` (see Config.tok_attention) a patch sees neither others nor its past.
-    """
-
-    def __init__(self, dim, heads, side, attention=True):
+    def __init__(self, dim, heads, side):
         super().__init__()
-        self.space = self.time = None
-        if attention:
-            # Space: half of the channel pairs rotate with the row, the other half with the column.
-            pairs = dim // heads // 4
-            row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
-            place = torch.cat([rotary(row, pairs), rotary(col, pairs)], dim=-1)     # (N, e/2)
-            self.space, self.norm_space = Attention(dim, heads, place, False), nn.LayerNorm(dim)
-            start_on_neighbours(self.space)
-            when = rotary(torch.arange(CLIP), dim // heads // 2)        # no clip is longer
-            self.time, self.norm_time = Attention(dim, heads, when, True), nn.LayerNorm(dim)
+        # Space: half of the channel pairs rotate with the row, the other half with the column.
+        pairs = dim // heads // 4
+        row, col = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+        place = torch.cat([rotary(row, pairs), rotary(col, pairs)], dim=-1)         # (N, e/2)
+        self.space, self.norm_space = Attention(dim, heads, place, False), nn.LayerNorm(dim)
+        start_on_neighbours(self.space)
+        when = rotary(torch.arange(CLIP), dim // heads // 2)            # no clip is longer
+        self.time, self.norm_time = Attention(dim, heads, when, True), nn.LayerNorm(dim)
         self.norm_ffn = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, past=None, layout=None):
         """x (B, T, N, D) -> the same, and the time attention's (k, v) for frames to come."""
-        (B, T, N, D), kept = x.shape, None
-        if self.space is not None:
-            y, _ = self.space(self.norm_space(x).flatten(0, 1))         # (BT, N, D)
-            x = x + y.view(B, T, N, D)
-        if self.time is not None:
-            y = self.norm_time(x).transpose(1, 2).flatten(0, 1)         # (BN, T, D)
-            y, kept = self.time(y, past, layout)
-            x = x + y.view(B, N, T, D).transpose(1, 2)
+        B, T, N, D = x.shape
+        y, _ = self.space(self.norm_space(x).flatten(0, 1))             # (BT, N, D)
+        x = x + y.view(B, T, N, D)
+        y = self.norm_time(x).transpose(1, 2).flatten(0, 1)             # (BN, T, D)
+        y, kept = self.time(y, past, layout)
+        x = x + y.view(B, N, T, D).transpose(1, 2)
         return x + self.ffn(self.norm_ffn(x)), kept
 
 
@@ -413,9 +395,9 @@ class STTransformer(nn.Module):
     of frames goes to time attention (see there).
     """
 
-    def __init__(self, dim, heads, layers, side, attention=True):
+    def __init__(self, dim, heads, layers, side):
         super().__init__()
-        self.blocks = nn.ModuleList(STBlock(dim, heads, side, attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(STBlock(dim, heads, side) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x, past=None, layout=None):
@@ -608,7 +590,7 @@ class VideoTokenizer(nn.Module):
         super().__init__()
         self.patch = c.tok_patch
         side = SIZE // c.tok_patch
-        shape = (c.tok_dim, c.heads, c.tok_layers, side, c.tok_attention)
+        shape = (c.tok_dim, c.heads, c.tok_layers, side)
         self.embed = nn.Linear(c.tok_patch ** 2, c.tok_dim)
         self.encoder = STTransformer(*shape)
         self.to_latent = nn.Linear(c.tok_dim, c.latent_dim)
@@ -845,16 +827,6 @@ class PlayState:
     dynamics: list              # the memory of the dynamics model: (k, v) of each block
     decoder: list               # and of the tokenizer's decoder
 
-    def copies(self, n):
-        """n players who share the past of the only one (B = 1)."""
-        def times_n(x):
-            return x.repeat(n, *[1] * (x.dim() - 1))
-
-        def all_times_n(kept):
-            return [kv and (times_n(kv[0]), times_n(kv[1])) for kv in kept]
-        return PlayState(times_n(self.tokens), times_n(self.actions), all_times_n(self.dynamics),
-                         all_times_n(self.decoder))
-
 
 class Genie(nn.Module):
     """Video tokenizer, latent action model and dynamics model, built from one Config."""
@@ -942,21 +914,6 @@ class Genie(nn.Module):
         with autocast(self.config.precision, self.device):
             tokens = self.dynamics.sample(state.dynamics, latent, self.config, generator)
             return self.observe(state, tokens, latent)
-
-    @torch.no_grad()
-    def sketch(self, state, actions, generator):
-        """What step might show, at a tenth of the cost: one MaskGIT pass, and nothing remembered.
-
-        actions (B,) whole numbers -> frames (B, 64, 64) uint8 of 0/1. (Where step begins a new
-        memory, it decodes the frame with less of a past than here.)
-        """
-        once = dataclasses.replace(self.config, maskgit_steps=1)
-        latent = self.lam.quantizer.codebook[actions]                   # (B, L)
-        with autocast(self.config.precision, self.device):
-            tokens = self.dynamics.sample(state.dynamics, latent, once, generator)
-            quantized = self.tokenizer.quantizer.codebook[tokens[:, None]]  # (B, 1, N, L)
-            logits, _ = self.tokenizer.decode(quantized, state.decoder)
-            return (logits[:, 0] > 0).byte()
 
     def rollout(self, first, actions, generator):
         """Play actions (B, T) from a start (see there): the T generated frames (B, T, 64, 64)."""
@@ -1066,11 +1023,6 @@ class Trainer:
 
     LOG_EVERY = 50                                       # steps between log lines
     EXPLODED = 1000.0                                    # no loss is that large and still learning
-    COLUMNS = ("stage", "step", "lr", "grad_norm", "pixel_loss", "commitment", "dynamics_loss",
-               "codes_used", "perplexity", "val_wrong_pixels", "val_copy_wrong_pixels",
-               "val_codes_used", "val_perplexity", "val_accuracy", "val_dynamics_loss",
-               "val_action_ratio")
-
     def __init__(self, config, data, out):
         if config.batch % ranks.RANKS:
             raise UserError(f"--batch {config.batch} cannot be cut into {ranks.RANKS} equal slices:"
@@ -1083,8 +1035,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
-        self.rows, self.stop = [], 0                     # logged rows; the signal to stop, or 0
-        self.told = set()                                # warnings given
+        self.log, self.stop = RunLog(self.out), 0        # stop: the signal to do so, or 0
         self.enter_stage(0)
 
     def enter_stage(self, stage):
@@ -1149,7 +1100,8 @@ class Trainer:
             if validating:
                 row.update(self.validate())
             if validating or self.step % self.LOG_EVERY == 0 or self.step == 5:
-                self.log(row, (time.monotonic() - began) / (self.step - first))
+                self.log.add(row, self.total, self.c.batch,
+                             (time.monotonic() - began) / (self.step - first))
             if validating:
                 self.save()
         return stop
@@ -1161,7 +1113,7 @@ class Trainer:
         batch, so that neither ranks nor micro-batches change any of it.
         """
         c, share = self.c, self.c.batch // ranks.RANKS
-        length = (c.tok_frames, c.dyn_frames)[self.stage]
+        length = (CLIP, c.dyn_frames)[self.stage]
         self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
         inputs = [self.train_set.frames(self.picks, first, length)]
         if self.stage == 1:
@@ -1241,18 +1193,18 @@ class Trainer:
             quantizer.start(quantizer.sample(self.latents(), generator), generator)
         if self.stage == 0:
             result = evaluate_tokenizer(genie, self.val_set, some)
-            self.unless_held(draw_reconstruction, genie, self.val_set, some,
-                             self.out / "reconstruction.png")
+            self.log.unless_held(draw_reconstruction, genie, self.val_set, some,
+                                 self.out / "reconstruction.png")
         else:
             result = evaluate_lam(genie, self.val_set, some)
             result["dynamics_loss"], shuffled = self.validation_loss(some)
             result["action_ratio"] = shuffled / result["dynamics_loss"]
-            self.unless_held(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
+            self.log.unless_held(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
         quantizer.load_state_dict(before)
         for trouble in troubles(result, self.stage):
-            print(f"\n{'!' * 80}\n!! {trouble}\n{'!' * 80}\n", flush=True)
+            print(f"!! {trouble}", flush=True)
         result = {"val_" + name: value for name, value in result.items() if value is not None}
-        return {name: result[name] for name in self.COLUMNS if name in result}
+        return {name: result[name] for name in COLUMNS if name in result}
 
     def validation_loss(self, some):
         """The dynamics model's loss on the val split, with the same masks every time: with each
@@ -1267,33 +1219,6 @@ class Trainer:
                     for a in (actions, actions.roll(1, 0))]
         return [loss.mean().item() for loss in over_batches(self.genie, self.val_set, some, work)]
 
-    def log(self, row, seconds_per_step):
-        """One line on the screen; metrics.csv and the curves written anew."""
-        self.rows.append(row)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items()
-                            if name not in ("stage", "step", "lr"))
-        print(f"{row['stage']} {row['step']}/{self.total}  {numbers}"
-              f"  | {self.c.batch / seconds_per_step:.1f} sequences/s"
-              f"  ETA {seconds_per_step * (self.total - self.step) / 60:.1f} min", flush=True)
-        self.unless_held(self.write_metrics)
-        self.unless_held(draw_curves, self.rows, self.out / "losses.png")
-
-    def write_metrics(self):
-        lines = [",".join(self.COLUMNS)] + [
-            ",".join(str(row.get(name, "")) for name in self.COLUMNS) for row in self.rows]
-        with files.written_whole(self.out / "metrics.csv") as file:
-            file.write("\n".join(lines + [""]).encode())
-
-    def unless_held(self, write, *args):
-        """Write a log or a picture. If it cannot be written, as when a spreadsheet holds it, say so
-        once and go on: it is tried again the next time, and only a checkpoint may stop a run."""
-        try:
-            write(*args)
-        except (UserError, OSError) as error:
-            if str(error) not in self.told:
-                files.warn(f"{error}; training goes on")
-            self.told.add(str(error))
-
     def save(self):
         """Write a checkpoint: all that a resumed run or play needs. Raises UserError on NaN."""
         from extras.checkpoints import finite, save_checkpoint
@@ -1304,7 +1229,7 @@ class Trainer:
         save_checkpoint(self.out / CHECKPOINT, self.genie.state_dict(), moments, {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
             "data_checksum": self.train_set.checksum(), "stage": self.stage, "step": self.step,
-            "rows": self.rows})
+            "rows": self.log.rows})
 
     def resume(self, checkpoint):
         """Take up a run where its checkpoint stands. Raises UserError.
@@ -1317,7 +1242,7 @@ class Trainer:
                             " with --data, or start another run with another --out")
         self.genie.load_state_dict(checkpoint["model"])
         self.enter_stage(checkpoint["stage"])
-        self.step, self.rows = checkpoint["step"], checkpoint["rows"]
+        self.step, self.log.rows = checkpoint["step"], checkpoint["rows"]
         if self.models:
             moments = checkpoint["optimizer"]
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -1445,40 +1370,6 @@ def one_step(genie, frames, actions, generator):
 
 
 @torch.no_grad()
-def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
-    """Does a rendered world hold together? In a dream of random buttons, each held for a while:
-
-    one_hero: share of frames with exactly one hero; walls_kept: of the first frame's wall pixels.
-    ball_on_course: share of dreams whose ball, after 4 real frames and 8 generated ones, is within
-    2 pixels of the game's own. Its way can only be known by memory. None where there is no such
-    thing, as in other videos, of which nobody knows what must be there.
-    """
-    def dream(x, i):
-        plan = torch.randint(genie.config.num_actions, (len(x), steps // hold),
-                             generator=seeded(seed, i)).repeat_interleave(hold, dim=1)
-        made = genie.rollout(x[:, 0], plan, seeded(seed, i, 1)).cpu()   # (B, steps, H, W)
-        heroes = torch.tensor([worlds.count_heroes(clip).tolist() for clip in made.numpy()])
-        walls = torch.from_numpy(worlds.demo_walls(x[:, :1].cpu().numpy()))
-        return (heroes == 1).float(), (made & walls).sum((-2, -1)) / walls.sum((-2, -1))
-
-    def flight(x, i):
-        actions = genie.watch(x)[2][:, 3:11]                            # from frame 4 to frame 12
-        made = genie.rollout(x[:, :4], actions, seeded(seed, i, 2))[:, -1].cpu().numpy()
-        place, seen = worlds.find_balls(x[:, 11].cpu().numpy())
-        return (torch.from_numpy(worlds.is_ball_near(made, place)[seen]).float(),)
-
-    result = {"one_hero": None, "walls_kept": None, "ball_on_course": None}
-    if data.world in ("demo world", "ball world"):
-        one, kept = over_batches(genie, data, indices, dream)           # each (S, steps)
-        result["one_hero"] = one.mean().item()
-    if data.world == "demo world":
-        result["walls_kept"] = kept.mean().item()
-    if data.world == "ball world":
-        result["ball_on_course"] = over_batches(genie, data, indices, flight)[0].mean().item()
-    return result
-
-
-@torch.no_grad()
 def evaluate_dynamics(genie, data, indices, seed=0, t=4):
     """delta_psnr at the t-th generated frame, its null, one-step errors and rollout errors.
 
@@ -1515,7 +1406,8 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
 
 
 def evaluate(genie, data, count):
-    """Everything that `eval --json` reports, as nested dicts (see README, "The numbers")."""
+    """Everything that `eval --json` reports, as nested dicts (extras/MEASUREMENTS.md has a key)."""
+    from extras.dreams import evaluate_world
     genie.eval()
     indices = spread(data, count)
     return {"tokenizer": evaluate_tokenizer(genie, data, indices),
@@ -1525,7 +1417,7 @@ def evaluate(genie, data, count):
 
 
 def print_table(result):
-    """The evaluation for a person to read; README, "The numbers", says what each one must beat."""
+    """The evaluation for a person to read; extras/MEASUREMENTS.md says what each one must beat."""
     for part, numbers in result.items():
         for name, value in numbers.items():
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -1533,44 +1425,11 @@ def print_table(result):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12  Command line
+# 12  Commands
 #
-# Problem: every choice in Config should be one flag away, a typing error should be met with the
-# nearest right word, and no mistake of the user's with a traceback.
-
-DEMO_DATA = Path("data/demo.npz")
-DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo.safetensors"
-PLAYING = ("maskgit_steps", "temperature", "order_noise",       # a trained run may be sampled, and
-           "mask_schedule", "precision", "device")              # computed, in another way
-
-
-def checkpoint_path(run):
-    """The checkpoint in a run folder; without a run, the pretrained demo checkpoint."""
-    if run is None:
-        return DEMO_CHECKPOINT
-    return Path(run) / CHECKPOINT if Path(run).is_dir() else Path(run)
-
-
-def load_run(args):
-    """The Genie that eval or play works on, with the settings given (PLAYING). Raises UserError."""
-    genie = Genie.load(checkpoint_path(args.run))
-    for name in PLAYING:
-        if getattr(args, name) is not None:
-            setattr(genie.config, name, getattr(args, name))
-    check_config(genie.config)
-    return genie.to(pick_device(genie.config.device))
-
-
-def find_data(data, trained_on=None):
-    """The data file named, or that of the run, or the demo world, which is rendered if need be."""
-    path = Path(data or trained_on or DEMO_DATA)
-    if not (data or path.exists() or path == DEMO_DATA):
-        raise UserError(f"the run's data, {path}, is not there: name it by --data")
-    if ranks.RANK == 0 and path == DEMO_DATA and not path.exists():
-        print(f"no data named: rendering the demo world to {path}", flush=True)
-        worlds.write_demo(path)
-    ranks.wait()                                         # until rank 0 has rendered it
-    return path
+# Problem: training is to be one command, which needs no flags, and no mistake of the user's is to
+# end in a traceback. extras/command_line.py makes the flags, one for each field of Config; play and
+# bench stand in extras/window.py and extras/bench.py.
 
 
 def write_json(result, path):
@@ -1578,52 +1437,10 @@ def write_json(result, path):
         file.write((json.dumps(result, indent=2) + "\n").encode())
 
 
-def given_fields(args):
-    """The Config fields that the command line names, as a dict."""
-    return {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-            if getattr(args, f.name) is not None}
-
-
-def make_config(args):
-    """Config from the preset and the flags given. Raises UserError."""
-    cuda = torch.cuda.is_available() and args.device in (None, "auto", "cuda")
-    given = {"preset": "full" if cuda else "laptop", **given_fields(args)}
-    config = Config(**{**PRESETS.get(given["preset"], {}), **given})
-    check_config(config)
-    return config
-
-
-def prepare(args):
-    """The Trainer of a new run, or of the run to resume. Raises UserError."""
-    from extras.checkpoints import newest_checkpoint, previous
-    if not args.resume:
-        config = make_config(args)
-        out = Path(args.out or f"runs/{config.preset}")
-        path = out / CHECKPOINT
-        if path.exists() or previous(path).exists():
-            raise UserError(f"{out} already holds a run: go on with --resume --out {out}, or name"
-                            " another --out")
-        return Trainer(config, find_data(args.data), out)
-    if args.out is None:
-        raise UserError("--resume needs --out runs/NAME: which run should go on?")
-    path = checkpoint_path(args.out)
-    checkpoint, used = newest_checkpoint(path)
-    given = given_fields(args)
-    for name in given:
-        if name not in ("device", "precision", "micro_batch"):          # where, not what, it learns
-            raise UserError(f"--{name} cannot be given with --resume: a run keeps its config; leave"
-                            " the flag out, or start another run")
-    config = dataclasses.replace(checkpoint["config"], **given)
-    check_config(config)
-    trainer = Trainer(config, find_data(args.data, checkpoint["data"]), args.out)
-    trainer.resume(checkpoint)
-    if ranks.RANK == 0 and used != path and path.exists():
-        path.replace(path.with_suffix(".damaged.safetensors"))      # or it would be kept as good
-    return trainer
-
-
 def train(args):
     """`train`: both stages, from nothing or from a checkpoint, then an evaluation."""
+    from extras.command_line import prepare
+    from extras.window import draw_buttons
     ranks.join()
     trainer = prepare(args)
     c, out, genie = trainer.c, trainer.out, trainer.genie
@@ -1645,7 +1462,6 @@ def train(args):
         return 128 + trainer.stop                        # 130 after Ctrl-C, 143 after SIGTERM
     if ranks.RANK > 0:
         return 0
-    from extras.window import draw_buttons
     test = Sequences(trainer.data, "test")
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
@@ -1660,6 +1476,8 @@ def train(args):
 
 def eval_command(args):
     """`eval`: measure a run on one split, as a table, JSON and pictures."""
+    from extras.command_line import find_data, load_run
+    from extras.window import draw_buttons, draw_rollout
     if args.count < 1:
         raise UserError(f"--count is {args.count}: evaluate at least 1 sequence")
     for path, suffix in ((args.json, ".json"), (args.figure, ".png"), (args.clips, ".png")):
@@ -1671,91 +1489,16 @@ def eval_command(args):
     print_table(result)
     if args.json is not None:
         write_json(result, args.json)
-    from extras.window import draw_buttons, draw_rollout
     if args.figure is not None:
         draw_buttons(genie, data.frames(spread(data, args.count))[:, 0], args.figure)
     if args.clips is not None:
         draw_rollout(genie, data, spread(data, args.count), args.clips)
 
 
-def play(args):
-    """`play`: in a window; with --actions or --out, to a GIF of those buttons, or of each held."""
-    from extras.window import play
-    play(args)
-
-
-def bench(args):
-    """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
-    from extras.bench import bench
-    bench(args)
-
-
-def number_or_auto(text):
-    """An argparse type: `--micro_batch auto` is 0."""
-    return 0 if text == "auto" else int(text)
-
-
-def true_or_false(text):
-    """An argparse type for switches: `--tok_attention false`."""
-    return bool(("false", "true").index(text.lower()))
-
-
-def add_fields(add, names):
-    """A flag for each of these Config fields, with the reason for it and each preset's value."""
-    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in dataclasses.fields(Config):
-        if f.name in names:
-            values = {preset: changes.get(f.name, f.default) for preset, changes in PRESETS.items()}
-            shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
-            shown = shown if len(set(values.values())) > 1 else f.default
-            kinds = {bool: (true_or_false, "true|false"), "micro_batch": (number_or_auto, "int")}
-            convert, kind = kinds.get(f.name, kinds.get(f.type, (f.type, f.type.__name__)))
-            add("--" + f.name, type=convert, metavar="|".join(CHOICES.get(f.name, (kind,))),
-                help=f"{reasons[f.name]} [{shown}]".replace("%", "%%"))
-
-
-def build_parser():
-    """The commands and their flags: every Config field, for eval and play those in PLAYING."""
-    parser = files.Parser(prog="genie_mini.py", description=__doc__.split("\n")[0])
-    subcommands = parser.add_subparsers(dest="command", required=True)
-    commands = {
-        "train": (train, "train both stages (bare: demo world, preset by device)"),
-        "eval": (eval_command, "measure a run against its baselines"),
-        "play": (play, "press buttons, in a window or into a GIF"),
-        "bench": (bench, "speed and memory on this machine")}
-    for name, (function, text) in commands.items():
-        command = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(function=function)
-    add = {name: subcommands.choices[name].add_argument for name in commands}
-    for name in commands:
-        add_fields(add[name], PLAYING if name in ("eval", "play") else vars(Config()))
-    for name in ("train", "eval", "play"):
-        add[name]("--data", help=f"a data file of data_prep.py [{DEMO_DATA}, rendered if missing]")
-    add["train"]("--out", help="folder of the run [runs/PRESET]")
-    add["train"]("--resume", action="store_true", help="go on with the run in --out")
-    for name in ("eval", "play"):
-        add[name]("--run", help="folder of a run, or a checkpoint file [the pretrained demo]")
-        add[name]("--split", default="test", choices=files.SPLITS, help="[test]")
-    for name in ("eval", "bench"):
-        add[name]("--json", help="also write the numbers to this file")
-    add["bench"]("--memory", action="store_true", help="print only the memory of training steps")
-    add["eval"]("--count", type=int, default=300, help="sequences to evaluate [300]")
-    add["eval"]("--figure", help="also draw what each button does to this PNG")
-    add["eval"]("--clips", help="also draw real and generated clips to this PNG")
-    add["play"]("--image", help="start from this picture, binarised as data_prep does")
-    add["play"]("--start", type=int, help="start from the first frame of this sequence [0]")
-    add["play"]("--actions", help="the buttons to press, such as 0,1,1,7 [with --out: hold each]")
-    add["play"]("--out", help="save a GIF instead of opening a window [with --actions: roll.gif]")
-    add["play"]("--seed", type=int, default=0, help="of the sampling [0]")
-    for name in ("eval", "play", "bench"):
-        add[name]("--force", action="store_true", help="replace output files that exist")
-    parser.commands = subcommands.choices
-    return parser
-
-
 def main(argv=None):
     """Run one command. Returns the exit status: 0, 2 for a mistake of the user's or a lack of disk
     or memory, 130 when interrupted (143 by SIGTERM)."""
+    from extras.command_line import build_parser
     try:
         args = build_parser().parse(argv)
         return args.function(args) or 0

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import genie_mini as gm
 from extras import files, ranks, worlds
+from extras.command_line import make_config
 
 
 def timed(*works, repeats=5):
@@ -257,7 +258,7 @@ def bench(args):
     """`bench`: training and playing speed of a preset on this machine, or what memory it takes."""
     if args.json is not None:
         files.check_output(args.json, (".json",), args.force)
-    config = gm.make_config(args)
+    config = make_config(args)
     device = gm.pick_device(config.device)
     if args.memory:
         return bench_memory(config)

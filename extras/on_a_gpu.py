@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import genie_mini                                       # noqa: E402 (after the path is known)
-from extras import bench                                # noqa: E402
+from extras import bench, command_line                  # noqa: E402
 
 OUT = Path("runs/gpu")
 
@@ -40,8 +40,8 @@ def learn(minutes, flags):
     one, and many steps teach more than a few large ones; a high learning rate, as in `memory`."""
     words = ["--batch", "8", "--micro_batch", "8", "--lr", "1e-3", "--min_lr", "1e-4",
              "--warmup", "100", "--beta2", "0.99", "--tok_steps", "400", "--lam_steps", "800"]
-    args = genie_mini.build_parser().parse_args(["train", *words, *flags])
-    trainer = bench.stage_trainer(genie_mini.make_config(args), 1)
+    args = command_line.build_parser().parse_args(["train", *words, *flags])
+    trainer = bench.stage_trainer(command_line.make_config(args), 1)
     trainer.totals[0] = 0                               # the LAM is done: most steps are such
     seconds = float(bench.timed(trainer.optimizer_step, repeats=10).mean())
     left = 60 * minutes - 400 * seconds - 800 * 1.5 * seconds

@@ -23,7 +23,7 @@ from PIL import Image
 
 import data_prep as dp
 import genie_mini
-from extras import bench, checkpoints, files, pictures, worlds
+from extras import bench, checkpoints, command_line, files, pictures, runlog, worlds
 from extras import window as window_module
 from extras.testing import ROOT, close, encode, measurements, steady, tiny_trainer
 
@@ -129,8 +129,8 @@ def test_a_run_can_be_sampled_anew(workspace, tmp_path):
     flags = ("--temperature 0.25 --order_noise 0 --maskgit_steps 3 --mask_schedule adaptive"
              " --precision bfloat16")
     command = ["eval", "--run", str(workspace / "run"), *flags.split()]
-    args = genie_mini.build_parser().parse(command)
-    config = genie_mini.load_run(args).config
+    args = command_line.build_parser().parse(command)
+    config = command_line.load_run(args).config
     assert (config.temperature, config.order_noise, config.maskgit_steps, config.mask_schedule,
             config.precision) == (0.25, 0, 3, "adaptive", "bfloat16")
     made = [gif_frames(play_command(workspace, tmp_path / f"{t}.gif", "--actions", "0,1,2,3",
@@ -272,7 +272,7 @@ def test_the_futures_are_those_of_one_past(window):
     genie, state = window.genie, window.genie.start(window.firsts[0])
     genie.config.temperature, genie.config.maskgit_steps = 0.0, 1   # no order to tip by rounding
     for action in (4, 1, 1, 6):
-        frames, many = genie.step(state.copies(8), torch.arange(8))
+        frames, many = genie.step(window_module.copies(state, 8), torch.arange(8))
         frame, state = genie.step(state, action)
         assert (frames[action] == frame[0]).all() and (many.tokens[action] == state.tokens).all()
         for pair, other in zip(many.dynamics, state.dynamics):
@@ -319,7 +319,7 @@ def test_readme_shows_an_agent_in_the_dream():
     """Failing means that the Python code in README does not run as it stands."""
     readme = (ROOT / "README.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
-    code = code.replace('"assets/demo.safetensors"', repr(str(genie_mini.DEMO_CHECKPOINT)))
+    code = code.replace('"assets/demo.safetensors"', repr(str(command_line.DEMO_CHECKPOINT)))
     seen, names = [], {"agent": lambda frame: seen.append(np.asarray(frame)) or 3}
     exec(code, names)
     assert len(seen) == 64 and (seen[0] == worlds.DemoWorld(7).frame()).all()
@@ -534,7 +534,7 @@ def test_readme_shows_the_recorded_seeds(table, lines):
 def test_shipped_checkpoint_knows_its_buttons(demo_file):
     """Failing means that the pretrained checkpoint in assets/ does not load, or that its actions
     no longer say what the hero does: chance is below 0.6 here, and it was shipped with 0.99."""
-    genie = genie_mini.Genie.load(genie_mini.DEMO_CHECKPOINT)
+    genie = genie_mini.Genie.load(command_line.DEMO_CHECKPOINT)
     data = genie_mini.Sequences(demo_file, "train")
     result = genie_mini.evaluate_lam(genie, data, genie_mini.spread(data, 12))
     assert result["accuracy_chance"] < 0.6 and result["accuracy"] > 0.9
@@ -578,7 +578,6 @@ def test_bench_memory(capsys):
     ("train --data D --learning_rate 1", "--learning_rate"),
     ("train --data D --preset smoke --tok_dim wide", "--tok_dim"),
     ("train --data D --preset smoke --batch 1.5", "--batch"),
-    ("train --data D --preset smoke --tok_attention maybe", "--tok_attention"),
     ("train --data D --preset huge", "choose full, laptop, memory, smoke"),
     ("train --data D --preset smoke --device tpu", "--device"),
     ("train --data D --preset smoke --tok_dim 36 --heads 8", "multiple of"),
@@ -590,7 +589,7 @@ def test_bench_memory(capsys):
     ("train --data D --preset smoke --mask_min 1.5", "--mask_min"),
     ("train --data D --preset smoke --temperature -1", "--temperature"),
     ("train --data D --preset smoke --tok_steps -5", "--tok_steps"),
-    ("train --data D --preset smoke --tok_frames 17", "--tok_frames"),
+    ("train --data D --preset smoke --dyn_frames 17", "--dyn_frames"),
     ("train --data D --preset smoke --dyn_frames 1", "--dyn_frames"),
     ("train --data D --preset smoke --lam_patch 7", "must divide 64"),
     ("train --data D --preset smoke --dyn_fold 3", "must divide 16"),
@@ -719,7 +718,7 @@ def test_a_run_whose_data_moved_says_what_to_name(demo_file, tmp_path, gm=genie_
     trainer.save()
     for command in ("train --resume --out", "eval --run", "play --actions 1 --out a.gif --run"):
         with pytest.raises(gm.UserError, match="gone.moved.npz, is not there: name it by --data"):
-            args = gm.build_parser().parse([*command.split(), str(tmp_path / "run")])
+            args = command_line.build_parser().parse([*command.split(), str(tmp_path / "run")])
             args.function(args)
 
 
@@ -738,9 +737,9 @@ def test_resuming_takes_what_changes_no_result(demo_file, tmp_path, gm=genie_min
     """Failing means that a run which ran out of memory, or has moved to another machine, cannot
     follow the advice to resume it in smaller micro-batches or on another device."""
     tiny_trainer(gm, demo_file, tmp_path / "run", 1).save()
-    args = gm.build_parser().parse(["train", "--resume", "--out", str(tmp_path / "run"),
+    args = command_line.build_parser().parse(["train", "--resume", "--out", str(tmp_path / "run"),
                                     *"--micro_batch 2 --device cpu --precision bfloat16".split()])
-    c = gm.prepare(args).c
+    c = command_line.prepare(args).c
     assert (c.micro_batch, c.device, c.precision) == (2, "cpu", "bfloat16")
 
 
@@ -750,8 +749,8 @@ def test_resuming_takes_what_changes_no_result(demo_file, tmp_path, gm=genie_min
 def test_bare_train_suits_the_machine(cuda, flags, preset, monkeypatch, gm=genie_mini):
     """Failing means that `train` alone takes a preset that its device would need months for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    args = gm.build_parser().parse(["train", *flags.split()])
-    assert gm.make_config(args).preset == preset
+    args = command_line.build_parser().parse(["train", *flags.split()])
+    assert command_line.make_config(args).preset == preset
 
 
 def test_a_log_that_cannot_be_written_stops_no_run(demo_file, tmp_path, capsys, monkeypatch,
@@ -760,14 +759,14 @@ def test_a_log_that_cannot_be_written_stops_no_run(demo_file, tmp_path, capsys, 
     ends hours of training."""
     def held(*_):
         raise PermissionError(13, "held by another program")
-    monkeypatch.setattr(gm, "draw_curves", held)
+    monkeypatch.setattr(runlog, "draw_curves", held)
     trainer = tiny_trainer(gm, demo_file, tmp_path, 0)
     (tmp_path / "metrics.csv").mkdir()                                  # cannot be replaced
     for step in (1, 2):
-        trainer.log({"stage": "tokenizer", "step": step}, 1.0)
+        trainer.log.add({"stage": "tokenizer", "step": step}, 6, 8, 1.0)
     said = capsys.readouterr().err
     assert said.count("metrics.csv") == said.count("held by another") == 1, "told once"
-    assert len(trainer.rows) == 2
+    assert len(trainer.log.rows) == 2
 
 
 # --- the notebooks ----------------------------------------------------------------------------

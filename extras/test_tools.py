@@ -14,7 +14,7 @@ import torch
 
 import genie_mini
 import test_genie_mini
-from extras import bench, checkpoints, worlds
+from extras import bench, checkpoints, command_line, dreams, worlds
 from extras import window as window_module
 from extras.testing import (fuzzed, measurements, must_fail, mutant, random_frames, tiny,
                             tiny_genie, tiny_trainer, weights_of)
@@ -109,6 +109,97 @@ def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
     keys = window_module.arrow_keys(motion, changed)
     assert [moves[keys[key]] for key in ("up", "down", "left", "right")] == [
         (-4, 0), (4, 0), (0, -3), (0, 3)] and moves[keys[" "]] == (0, 0)
+
+
+def test_a_sketch_is_what_one_pass_gives(window_module=window_module, gm=genie_mini):
+    """Failing means that the small pictures under the game show another past or another button than
+    is played, or that to look at them changes the game."""
+    genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1, dyn_frames=16)
+    sketch, copies = window_module.sketch, window_module.copies
+    state = genie.start(random_frames(1))
+    for button in (3, 1):
+        state = genie.step(state, button, gm.seeded(0))[1]
+        kept = [k.shape for k, _ in state.decoder]
+        sketches = sketch(genie, copies(state, 3), [0, 1, 2], gm.seeded(0))
+        for a in range(3):
+            assert (sketches[a] == genie.step(state, a, gm.seeded(0))[0][0]).all()
+        assert (sketch(genie, state, [1], gm.seeded(0))[0] == sketches[1]).all()
+        assert [k.shape for k, _ in state.decoder] == kept
+    genie.config.maskgit_steps = 10
+    forward, calls = genie.dynamics.forward, []
+    genie.dynamics.forward = lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    assert (sketch(genie, copies(state, 3), [0, 1, 2], gm.seeded(0)) == sketches).all()
+    assert len(calls) == 1
+
+
+def test_a_long_dream_is_judged_frame_by_frame(demo_file, dreams=dreams, gm=genie_mini):
+    """Failing means that one_hero or walls_kept is not the share that it says.
+
+    The "dream" repeats the first frame for ever; then it loses the hero in a quarter of the frames,
+    half of the walls in one eighth.
+    """
+    genie, data, played = tiny_genie(gm), gm.Sequences(demo_file, "val"), []
+
+    def rollout(first, actions, generator):
+        played.append(actions)
+        made = first[:, None].repeat(1, actions.shape[1], 1, 1)
+        if genie.broken:
+            made[:, :16] = torch.from_numpy(worlds.demo_walls(made[:, :16].numpy()))
+            made[:, 16:24, 32:] = 0
+        return made
+
+    genie.rollout, genie.broken = rollout, False
+    assert dreams.evaluate_world(genie, data, np.arange(3)) == {
+        "one_hero": 1, "walls_kept": 1, "ball_on_course": None}
+    plan = played[0]
+    assert plan.shape == (3, 64) and (plan.view(3, 8, 8) == plan.view(3, 8, 8)[..., :1]).all()
+    assert len(plan.unique()) > 5 and (plan[0] != plan[1]).any()
+    genie.broken = True
+    result = dreams.evaluate_world(genie, data, np.arange(3))
+    top = data.frames(np.arange(3))[:, 0, :32].numpy()
+    assert 0.6 < result["one_hero"] <= 0.75
+    assert 0.9 < result["walls_kept"] < 1 and (worlds.demo_walls(top) <= top).all()
+    data.world = "my film.mp4"
+    assert set(dreams.evaluate_world(genie, data, np.arange(3)).values()) == {None}
+
+
+def test_ball_is_judged_where_the_game_has_it(ball_file, dreams=dreams, gm=genie_mini):
+    """Failing means that ball_on_course is not the share that it says, or that the dream does not
+    begin after 4 real frames and take the clip's own actions from there.
+
+    A "dream" that knows the film has every ball on course; one that stands still has none: in 8
+    moves of 2 pixels the ball is elsewhere.
+    """
+    genie, data = tiny_genie(gm, dyn_frames=16), gm.Sequences(ball_file, "train")
+    film, made = data.frames(range(30)), []
+    codes = genie.watch(film)[2]
+
+    def rollout(first, actions, generator):
+        if first.dim() == 4:
+            assert (first == film[:, :4]).all() and (actions == codes[:, 3:11]).all()
+            return film[:, 4:12] if genie.knows else first[:, -1:].repeat(1, 8, 1, 1)
+        return first[:, None].repeat(1, actions.shape[1], 1, 1)
+
+    genie.rollout = rollout
+    for genie.knows in (True, False):
+        made.append(dreams.evaluate_world(genie, data, np.arange(30)))
+    assert [result["ball_on_course"] for result in made] == [1, pytest.approx(0, abs=0.1)]
+    assert made[0]["one_hero"] == 1 and made[0]["walls_kept"] is None
+
+
+def test_every_setting_has_a_reason_and_a_range(gm=genie_mini):
+    """Failing means that --help leaves a setting unexplained or does not show what each preset
+    makes of it, or that a typing error in a word or a negative number is taken."""
+    fields = gm.dataclasses.fields(gm.Config)
+    for name in ("train", "bench"):
+        flags = {a.dest: a.help for a in command_line.build_parser().commands[name]._actions}
+        assert all(len(flags[field.name].split(" [")[0]) > 10 for field in fields)
+        assert "laptop 64" in flags["tok_dim"] and flags["latent_dim"].endswith("[16]")
+    for field in fields:
+        assert field.type in (int, float, str), field.name
+        bad = {str: "misspelt", int: -1, float: -0.1}[field.type]
+        with pytest.raises(gm.UserError, match=f"--{field.name} is {bad}"):
+            gm.check_config(gm.Config(**{field.name: bad}))
 
 
 # --- checkpoints ----------------------------------------------------------------------------
@@ -287,6 +378,14 @@ CHECKPOINT_BUGS = [
 
 
 EXTRAS_BUGS = [
+    ("a dream without a hero passes", "(heroes == 1).float()", "(heroes <= 1).float()",
+     test_a_long_dream_is_judged_frame_by_frame, {}),
+    ("walls of the dream itself", "(made & walls).sum", "made.sum",
+     test_a_long_dream_is_judged_frame_by_frame, {}),
+    ("a sketch without the action", "sample(state.dynamics, latent, once,",
+     "sample(state.dynamics, 0 * latent, once,", test_a_sketch_is_what_one_pass_gives, {}),
+    ("a sketch without its past", "decode(quantized, state.decoder)", "decode(quantized)",
+     test_a_sketch_is_what_one_pass_gives, {}),
     ("arrows the wrong way round", "(new - old)[", "(old - new)[", test_motion_of_a_button, {}),
     ("the baseline taken for the step", "theirs, ours, its_seconds", "ours, theirs, its_seconds",
      test_bench_knows_the_baseline_from_the_step, {}),
@@ -295,8 +394,7 @@ EXTRAS_BUGS = [
     ("the peak of another round", "flops / seconds / peak", "flops / seconds / max(peak)",
      test_share_of_the_peak_by_hand, {}),
     ("micro_batch auto takes all", "share * need / free", "need / free",
-     test_genie_mini.test_micro_batch_auto,
-     {"stage": 1}),
+     test_genie_mini.test_micro_batch_auto, {"stage": 1}),
     ("fused attention costs nothing", "        written_out(work)\n    return",
      "        work()\n    return", test_float_operations_are_counted, {}),
 ]
@@ -332,9 +430,10 @@ def test_cost_grows_with_frames():
                          ids=[bug[0] for bug in EXTRAS_BUGS])
 def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request):
     """Failing means that a bug like this one in extras/ would pass all tests."""
-    needs = inspect.signature(test).parameters
-    name, module = ("bench", bench) if "bench" in needs else ("window_module", window_module)
-    must_fail(test, request, **arguments, **{name: mutant(old, new, module)})
+    modules = {"bench": bench, "window_module": window_module, "dreams": dreams}
+    broken = {name: mutant(old, new, modules[name]) for name in inspect.signature(test).parameters
+              if name in modules}
+    must_fail(test, request, **arguments, **broken)
 
 
 @pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in CHECKPOINT_BUGS],

@@ -92,7 +92,7 @@ def tiny(gm, **changes):
     """A Config so small that a training step takes milliseconds: 4x4 patches of 16x16 pixels."""
     values = dict(
         device="cpu", precision="float32", heads=2, tok_patch=16, tok_dim=16, tok_layers=1,
-        tok_codes=8, tok_unquantized=2, tok_frames=4, lam_patch=16, lam_dim=16, lam_layers=1,
+        tok_codes=8, tok_unquantized=2, lam_patch=16, lam_dim=16, lam_layers=1,
         lam_unquantized=0.0, dyn_dim=16, dyn_layers=2, dyn_frames=4, action_noise=0.0,
         latent_dim=4, batch=8, micro_batch=8, warmup=10, lr=3e-3, min_lr=3e-3,
         maskgit_steps=3, val_sequences=2)
