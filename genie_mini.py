@@ -972,7 +972,7 @@ def quiet_level(data):
     return changed.quantile(0.1).item()
 
 
-def world_noise(genie, frames, tokens, quiet, generator):
+def world_noise(genie, frames, quiet, generator):
     """What is random in a stage-2 step: shifts (B, 2), source (B, T-1), masked (B, T-1, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
@@ -984,7 +984,7 @@ def world_noise(genie, frames, tokens, quiet, generator):
     most `quiet` pixels change, many take the action of the last step before that was not quiet, as
     if the button had been held on to; or any code, as often as it occurs, if there is none.
     """
-    c, (B, T, _) = genie.config, tokens.shape
+    c, (B, T) = genie.config, frames.shape[:2]
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
     shifts = c.tok_patch * patches * (c.lam_view == "change")           # in pixels
     still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
@@ -1115,12 +1115,14 @@ class Trainer:
         c, share = self.c, self.c.batch // ranks.RANKS
         length = (CLIP, c.dyn_frames)[self.stage]
         self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
-        inputs = [self.train_set.frames(self.picks, first, length)]
-        if self.stage == 1:
-            tokens = self.tokens_of(self.picks)[:, first:first + length].long()     # (B, T, N)
-            inputs += [tokens, *world_noise(self.genie, *inputs, tokens, self.quiet, generator)]
+        frames = self.train_set.frames(self.picks, first, length)       # (batch, T, H, W)
         mine = slice(ranks.RANK * share, (ranks.RANK + 1) * share)
-        return list(zip(*(whole[mine].split(self.micro) for whole in inputs)))
+        inputs = [frames[mine]]
+        if self.stage == 1:
+            noise = world_noise(self.genie, frames, self.quiet, generator)
+            tokens = self.tokens_of(self.picks[mine])[:, first:first + length]      # (B, T, N)
+            inputs += [tokens.long(), *(whole[mine] for whole in noise)]
+        return list(zip(*(t.split(self.micro) for t in inputs)))
 
     def forward(self, part):
         """The losses of one micro-batch, in the precision that suits the device."""
