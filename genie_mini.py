@@ -775,7 +775,7 @@ class DynamicsModel(nn.Module):
     def sample(self, past, action, c, generator):
         """Draw the frame that follows a past (see forward). action (B, L) -> tokens (B, N).
 
-        Each pass samples every masked token and commits some for good, as `chosen` says.
+        Each pass samples every masked token and commits some for good, as `to_commit` says.
         """
         B, N = len(action), self.tokens_per_frame
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
@@ -785,14 +785,14 @@ class DynamicsModel(nn.Module):
             noise = gumbel(logits.shape, generator).to(logits.device)
             guess = (logits + c.temperature * noise).argmax(dim=-1)     # (B, 1, N)
             confidence = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
-            commit = self.chosen(confidence, masked, (step + 1) / c.maskgit_steps, c, generator)
+            commit = self.to_commit(confidence, masked, (step + 1) / c.maskgit_steps, c, generator)
             tokens = torch.where(commit, guess, tokens)
             masked = masked & ~commit
             if not masked.any():                                        # all are committed
                 break
         return tokens[:, 0]
 
-    def chosen(self, confidence, masked, progress, c, generator):
+    def to_commit(self, confidence, masked, progress, c, generator):
         """Which tokens a pass commits, (B, 1, N). confidence (B, 1, N): its log-probability.
 
         cosine: the surest; how many stay masked falls along a cosine, slowly at first (MaskGIT,
@@ -1288,7 +1288,7 @@ def over_batches(genie, data, indices, work, size=32):
     return [torch.cat(tensors).cpu() for tensors in zip(*parts)]
 
 
-def wrong(a, b):
+def errors(a, b):
     """Count of differing pixels of each frame: (..., H, W) of 0/1 twice -> (...) float."""
     return (a != b).sum((-2, -1)).float()
 
@@ -1307,12 +1307,12 @@ def evaluate_tokenizer(genie, data, indices):
 
     x, drawn, tokens = over_batches(genie, data, indices, work)
     used, perplexity = code_use(tokens, genie.config.tok_codes)
-    errors = wrong(x, drawn)                                            # (S, T)
+    missed = errors(x, drawn)                                           # (S, T)
     patches = patchify(x, genie.tokenizer.patch)                        # (S, T, N, P)
     still = (patches[:, 1:] == patches[:, :-1]).all(-1)                 # (S, T-1, N)
     flicker = still & (tokens[:, 1:] != tokens[:, :-1])
-    return {"wrong_pixels": errors.mean().item(),
-            "wrong_pixels_p99": np.percentile(errors, 99).item(),
+    return {"wrong_pixels": missed.mean().item(),
+            "wrong_pixels_p99": np.percentile(missed, 99).item(),
             "iou": ((x & drawn).sum() / (x | drawn).sum().clamp_min(1)).item(),
             "codes_used": used, "perplexity": perplexity,
             "flicker": flicker.sum(-1).float().mean().item()}
@@ -1343,7 +1343,7 @@ def evaluate_lam(genie, data, indices):
     """The LAM against copying the last frame, and its codes against the true actions if known."""
     def work(x, _):
         logits, _, latent = genie.watch(x)
-        return wrong(logits > 0, x[:, 1:]), wrong(x[:, :-1], x[:, 1:]), latent
+        return errors(logits > 0, x[:, 1:]), errors(x[:, :-1], x[:, 1:]), latent
 
     missed, copied, latent = over_batches(genie, data, indices, work)   # each (S, 15)
     used, perplexity = code_use(latent, genie.config.num_actions)
@@ -1389,11 +1389,11 @@ def evaluate_dynamics(genie, data, indices, seed=0, t=4):
                 for weights in ((marginal > 0).float(), marginal)]
         uniform, usual = (picks.view_as(inferred).to(inferred.device) for picks in draw)
         plans = (inferred, inferred[:, :t], uniform[:, :t], usual[:, :t])
-        rolled = [wrong(genie.rollout(x[:, 0], actions, seeded(seed, i, k)),
+        rolled = [errors(genie.rollout(x[:, 0], actions, seeded(seed, i, k)),
                         x[:, 1:actions.shape[1] + 1]) for k, actions in enumerate(plans)]
-        single = [wrong(one_step(genie, x, actions, seeded(seed, i, 9)), x[:, 1:])
+        single = [errors(one_step(genie, x, actions, seeded(seed, i, 9)), x[:, 1:])
                   for actions in (inferred, uniform)]
-        return *rolled, *single, wrong(x[:, :-1], x[:, 1:]), wrong(x[:, :1], x[:, 1:])
+        return *rolled, *single, errors(x[:, :-1], x[:, 1:]), errors(x[:, :1], x[:, 1:])
 
     rolled, null, uniform, usual, *single, still = over_batches(genie, data, indices, work)
     best, null, uniform, usual = (psnr(w[:, t - 1].mean().item())

@@ -200,11 +200,11 @@ def test_lam_overfits(view, demo_file, tmp_path, monkeypatch, gm=genie_mini):
     numbers = overfit(trainer, frames, 150)
     lam = trainer.genie.lam
     logits, actions, indices, _ = lam(frames)
-    assert gm.wrong(logits > 0, frames[:, 1:]).max() < 5
+    assert gm.errors(logits > 0, frames[:, 1:]).max() < 5
     assert numbers["pixel_loss"] < 0.03
     assert (indices[:4] == indices[4:]).all() and len(indices[:4].unique()) == 4
     swapped = lam.decode(frames[:, :1], actions.roll(1, 0)) > 0          # another clip's action
-    assert gm.wrong(swapped, frames[:, 1:].roll(1, 0)).max() < 5
+    assert gm.errors(swapped, frames[:, 1:].roll(1, 0)).max() < 5
 
 
 def test_dynamics_overfits(gm=genie_mini):
@@ -1587,7 +1587,7 @@ def test_psnr_and_wrong_pixels(gm=genie_mini):
     a = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     b = a.clone()
     b[0, 0, :2, :3] = 1                                                 # 6 pixels in 1 of 6 frames
-    assert gm.wrong(a, b).tolist() == [[6, 0, 0], [0, 0, 0]]
+    assert gm.errors(a, b).tolist() == [[6, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("T", [2, 3, 16])
@@ -2000,8 +2000,8 @@ BUGS = [
     ("LAM shown longer clips than in training", "if T <= n:",
      "seen = self.lam(frames)[:3]\n        if True:", test_lam_is_judged_as_it_was_trained,
      {"T": 3}),
-    ("LAM compared with the wrong frames", "wrong(logits > 0, x[:, 1:])",
-     "wrong(logits > 0, x[:, :-1])", test_lam_is_compared_with_copying, {}),
+    ("LAM compared with the wrong frames", "errors(logits > 0, x[:, 1:])",
+     "errors(logits > 0, x[:, :-1])", test_lam_is_compared_with_copying, {}),
     ("dead codes among the random actions", "((marginal > 0).float(), marginal)",
      "(torch.ones_like(marginal), marginal)", test_random_actions_are_among_those_in_use, {}),
     ("rollout compared one frame off", "x[:, 1:actions.shape[1] + 1]) for k",

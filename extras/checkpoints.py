@@ -50,10 +50,10 @@ def save_checkpoint(path, model, moments, about):
         file.write(save(tensors, {"genie_mini": json.dumps(about)}))
 
 
-def kind(tensor):
-    """What two tensors must share for one to be copied onto the other. Weights may be shared in
-    half precision, so that any floating-point type fits any other."""
-    return tensor.shape, tensor.is_floating_point() or tensor.dtype
+def outlines(tensors):
+    """Of {name: tensor} the shapes and dtypes, which must agree for one set to be copied onto
+    another. Weights may be shared in half precision: any floating-point type fits any other."""
+    return {name: (t.shape, t.is_floating_point() or t.dtype) for name, t in tensors.items()}
 
 
 def finite(tensors):
@@ -64,9 +64,9 @@ def finite(tensors):
 def moments_fit(moments, parameters):
     """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
     return finite(t for m in moments.values() for t in m.values()) and all(
-        i in range(len(parameters)) and {name: kind(t) for name, t in m.items()} == {
-            "step": kind(torch.tensor(0.0)), "exp_avg": kind(parameters[i]),
-            "exp_avg_sq": kind(parameters[i])} for i, m in moments.items())
+        i in range(len(parameters)) and outlines(m) == outlines(
+            {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]})
+        for i, m in moments.items())
 
 
 def check_contents(about, weights):
@@ -84,7 +84,7 @@ def check_contents(about, weights):
     check_config(config)
     with torch.device("meta"):                                          # shapes without memory
         wanted = Genie(config).state_dict()
-    if {n: kind(t) for n, t in wanted.items()} != {n: kind(t) for n, t in weights.items()}:
+    if outlines(wanted) != outlines(weights):
         raise UserError("its weights do not fit its own config")
     if not finite(weights.values()):
         raise UserError("its weights hold NaN or infinity")

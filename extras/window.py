@@ -71,7 +71,7 @@ def button_motion(genie, frames, seed=0):
         made = genie.step(state, action, gm.seeded(seed, action))[0].cpu()
         (new, lit), (old, out) = centre(made > frames), centre(frames > made)
         motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
-        changed.append(gm.wrong(made, frames).mean())
+        changed.append(gm.errors(made, frames).mean())
     return torch.stack(motions), torch.stack(changed)
 
 

@@ -1058,10 +1058,10 @@ def copy_baseline(student):
         found = torch.as_tensor(found).detach().double()
     except (TypeError, ValueError, RuntimeError):
         return verdict(False, "return a tensor (T-1,) of wrong pixels")
-    right = genie_mini.wrong(frames[:, 1:], frames[:, :1]).mean(0).double()
+    right = genie_mini.errors(frames[:, 1:], frames[:, :1]).mean(0).double()
     signed = frames.long()
     wrongs = (
-        (genie_mini.wrong(frames[:, 1:], frames[:, :-1]).mean(0),
+        (genie_mini.errors(frames[:, 1:], frames[:, :-1]).mean(0),
          "you compare with the frame before: that copies the last real frame, which is the"
          " baseline one step ahead. A rollout has the first frame only: compare with [:, :1]"),
         (torch.cat([right.new_zeros(1), right]),
@@ -1072,7 +1072,7 @@ def copy_baseline(student):
          "uint8 wraps: 0 - 1 is 255. Compare with != instead of subtracting"),
         ((signed[:, 1:] - signed[:, :1]).sum((-2, -1)).double().mean(0),
          "a pixel that goes out cancels one that lights up: compare with !=, or take abs()"),
-        (genie_mini.wrong(frames[:, :-1], frames[:, -1:]).mean(0),
+        (genie_mini.errors(frames[:, :-1], frames[:, -1:]).mean(0),
          "you compare with the last frame; the model starts from the first, [:, :1]"))
     if found.shape == right.shape and torch.allclose(found, right):
         return verdict(True, "")
