@@ -1035,7 +1035,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
-        self.log, self.stop = RunLog(self.out), 0        # stop: the signal to do so, or 0
+        self.log, self.saved = RunLog(self.out), None    # saved: see save_checkpoint
+        self.stop = 0                                    # the signal to stop, or 0
         self.enter_stage(0)
 
     def enter_stage(self, stage):
@@ -1228,10 +1229,10 @@ class Trainer:
             raise UserError(f"the weights hold NaN or infinity at step {self.step}: not saved;"
                             f" {self.out} keeps its last good checkpoint; try a lower --lr")
         moments = self.optimizer.state_dict()["state"] if self.models else {}
-        save_checkpoint(self.out / CHECKPOINT, self.genie.state_dict(), moments, {
+        self.saved = save_checkpoint(self.out / CHECKPOINT, self.genie.state_dict(), moments, {
             "version": VERSION, "config": dataclasses.asdict(self.c), "data": self.data,
             "data_checksum": self.train_set.checksum(), "stage": self.stage, "step": self.step,
-            "rows": self.log.rows})
+            "rows": self.log.rows}, self.saved)
 
     def resume(self, checkpoint):
         """Take up a run where its checkpoint stands. Raises UserError.

@@ -37,10 +37,16 @@ def checksum(tensors):
     return total
 
 
-def save_checkpoint(path, model, moments, about):
+def save_checkpoint(path, model, moments, about, saved=None):
     """Write weights {name: tensor}, an optimizer's moments {i: {name: tensor}}, and what is said of
     them (ABOUT), to a temporary name; then rename, and keep the one before: however a crash or a
-    full disk cuts this short, one of the two is whole."""
+    full disk cuts this short, one of the two is whole.
+
+    Returns its checksum. Given as `saved` at the next call, that tells if the file has since been
+    replaced: then a second run writes to the same folder, and this one ends with a UserError.
+    """
+    if saved is not None and stored_checksum(path) not in (None, saved):
+        raise UserError(f"another run writes to {path.parent}: give each an --out of its own")
     tensors = {f"model.{name}": t for name, t in model.items()}
     for i, moment in moments.items():
         tensors.update({f"optimizer.{i}.{name}": t for name, t in moment.items()})
@@ -48,6 +54,16 @@ def save_checkpoint(path, model, moments, about):
     about = {**about, "checksum": checksum(tensors)}
     with files.written_whole(path, keep=previous(path)) as file:
         file.write(save(tensors, {"genie_mini": json.dumps(about)}))
+    return about["checksum"]
+
+
+def stored_checksum(path):
+    """The checksum that a checkpoint file states; None if it is gone or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["genie_mini"])["checksum"]
+    except Exception:                                    # safetensors has several
+        return None
 
 
 def outlines(tensors):

@@ -95,7 +95,7 @@ def written_whole(path, keep=None):
 
     keep: the name to give to the file that was `path` until then; without it, that one is gone.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))     # of a link, the file that it leads to
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

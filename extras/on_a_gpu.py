@@ -37,7 +37,7 @@ def look(flags):
 
 def learn(minutes, flags):
     """Train for about that long, evaluation aside. A GPU takes 8 clips in hardly more time than
-    one, and many steps teach more than a few large ones; a high learning rate, as in `memory`."""
+    one, and many steps teach more than a few large ones; a high learning rate, as in `laptop`."""
     words = ["--batch", "8", "--micro_batch", "8", "--lr", "1e-3", "--min_lr", "1e-4",
              "--warmup", "100", "--beta2", "0.99", "--tok_steps", "400", "--lam_steps", "800"]
     args = command_line.build_parser().parse_args(["train", *words, *flags])

@@ -67,7 +67,7 @@ FIELDS = {
     "dynamics": {"psnr_inferred", "psnr_random", "delta_psnr", "delta_psnr_null",
                  "wrong_pixels_inferred", "wrong_pixels_random", "wrong_pixels_copy",
                  "rollout_wrong_pixels", "rollout_wrong_pixels_copy"},
-    "world": {"one_hero", "walls_kept"}}
+    "world": {"one_hero", "one_fish", "walls_kept"}}
 
 
 def check_evaluation(path):

@@ -14,7 +14,7 @@ import torch
 
 import genie_mini
 import test_genie_mini
-from extras import bench, checkpoints, command_line, dreams, worlds
+from extras import bench, checkpoints, command_line, dreams, files, worlds
 from extras import window as window_module
 from extras.testing import (fuzzed, measurements, must_fail, mutant, random_frames, tiny,
                             tiny_genie, tiny_trainer, weights_of)
@@ -150,14 +150,14 @@ def test_a_long_dream_is_judged_frame_by_frame(demo_file, dreams=dreams, gm=geni
 
     genie.rollout, genie.broken = rollout, False
     assert dreams.evaluate_world(genie, data, np.arange(3)) == {
-        "one_hero": 1, "walls_kept": 1, "ball_on_course": None}
+        "one_hero": 1, "one_fish": 1, "walls_kept": 1, "ball_on_course": None}
     plan = played[0]
     assert plan.shape == (3, 64) and (plan.view(3, 8, 8) == plan.view(3, 8, 8)[..., :1]).all()
     assert len(plan.unique()) > 5 and (plan[0] != plan[1]).any()
     genie.broken = True
     result = dreams.evaluate_world(genie, data, np.arange(3))
     top = data.frames(np.arange(3))[:, 0, :32].numpy()
-    assert 0.6 < result["one_hero"] <= 0.75
+    assert 0.6 < result["one_hero"] <= 0.75 and 0.6 < result["one_fish"] <= 0.75
     assert 0.9 < result["walls_kept"] < 1 and (worlds.demo_walls(top) <= top).all()
     data.world = "my film.mp4"
     assert set(dreams.evaluate_world(genie, data, np.arange(3)).values()) == {None}
@@ -311,6 +311,33 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, gm=genie_mini):
     assert caught.type is gm.UserError and "File too large" in str(caught.value)
 
 
+def test_a_link_stays_a_link(tmp_path):
+    """Failing means that writing to a symbolic link replaces the link, not the file it leads to."""
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "data.npz", tmp_path / "data.npz"
+    try:
+        link.symlink_to(target)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    for content in (b"old", b"new"):
+        with files.written_whole(link) as file:
+            file.write(content)
+        assert link.is_symlink() and target.read_bytes() == content
+    assert list((tmp_path / "disk").iterdir()) == [target]
+
+
+def test_two_runs_do_not_share_a_folder(demo_file, tmp_path, gm=genie_mini):
+    """Failing means that two runs given one --out overwrite each other, and both end well."""
+    first, second = (tiny_trainer(gm, demo_file, tmp_path, seed=seed) for seed in (1, 2))
+    first.save()
+    first.save()
+    second.save()                                        # begun before the first had saved
+    with pytest.raises(gm.UserError, match="another run writes to"):
+        first.save()
+    (tmp_path / gm.CHECKPOINT).unlink()                  # somebody tidied up: no reason to stop
+    second.save()
+
+
 @pytest.mark.parametrize("change", [
     lambda state: state[0].pop("step"), lambda state: state.update({99: state[0]}),
     lambda state: state[0].update(exp_avg=torch.zeros(3)),
@@ -366,6 +393,8 @@ CHECKPOINT_BUGS = [
      test_bad_checkpoint, {"kind": "other type"}),
     ("checksums not looked at", 'about["checksum"] != checksum(tensors)', "False",
      test_bad_checkpoint, {"kind": "bit of a weight"}),
+    ("two runs in one folder", "not in (None, saved)", "is None",
+     test_two_runs_do_not_share_a_folder, {}),
     ("a log row without end", "abs(v) < 1e300", "True", test_bad_checkpoint,
      {"kind": "endless row"}),
     ("the optimizer's state not compared", "for i, m in moments.items())\n\n\ndef check",
@@ -378,7 +407,7 @@ CHECKPOINT_BUGS = [
 
 
 EXTRAS_BUGS = [
-    ("a dream without a hero passes", "(heroes == 1).float()", "(heroes <= 1).float()",
+    ("a dream without a hero passes", "(n == 1).float()", "(n <= 1).float()",
      test_a_long_dream_is_judged_frame_by_frame, {}),
     ("walls of the dream itself", "(made & walls).sum", "made.sum",
      test_a_long_dream_is_judged_frame_by_frame, {}),

@@ -277,13 +277,22 @@ def find_balls(frames):
     return np.stack(np.divmod(found.argmax(1), 61), axis=1), found.any(1)
 
 
-def count_heroes(frames, tolerance=4):
-    """In how many places of each frame the hero stands: frames (..., 64, 64) of 0/1 -> (...) int.
-
-    A place counts if at most `tolerance` of its 8x8 pixels differ from the hero's picture.
-    """
+def count_sprites(frames, drawings, tolerance=4):
+    """In how many places of each frame one of these drawings stands: frames (..., 64, 64) of 0/1 ->
+    (...) int. A place counts if at most `tolerance` of its 8x8 pixels differ."""
     boxes = np.lib.stride_tricks.sliding_window_view(frames, HERO.shape, axis=(-2, -1))
-    return ((boxes != HERO).sum((-2, -1)) <= tolerance).sum((-2, -1))
+    return sum(((boxes != drawing).sum((-2, -1)) <= tolerance).sum((-2, -1))
+               for drawing in drawings)
+
+
+def count_heroes(frames):
+    """How many heroes each frame shows: frames (..., 64, 64) of 0/1 -> (...) int."""
+    return count_sprites(frames, [HERO])
+
+
+def count_fish(frames):
+    """How many fish each frame shows, whichever way they look: (..., 64, 64) -> (...) int."""
+    return count_sprites(frames, [FISH_LEFT, FISH_RIGHT])
 
 
 def demo_walls(frames):
