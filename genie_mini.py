@@ -1204,7 +1204,7 @@ class Trainer:
             result["action_ratio"] = shuffled / result["dynamics_loss"]
             self.log.unless_held(draw_rollout, genie, self.val_set, some, self.out / "rollout.png")
         quantizer.load_state_dict(before)
-        for trouble in troubles(result, self.stage):
+        for trouble in troubles(result, self.stage, self.step / self.total):
             print(f"!! {trouble}", flush=True)
         result = {"val_" + name: value for name, value in result.items() if value is not None}
         return {name: result[name] for name in COLUMNS if name in result}
@@ -1255,19 +1255,26 @@ class Trainer:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
-def troubles(result, stage):
-    """Sentences about what has gone wrong in a validation result; usually none."""
-    if stage == 0 and result["codes_used"] <= 4:
-        yield (f"THE CODEBOOK HAS COLLAPSED: {result['codes_used']} codes in use. Give the"
-               " encoder longer before the codebook starts: --tok_unquantized 300")
-    if stage == 1 and result["perplexity"] < 1.5:
+def troubles(result, stage, progress):
+    """Sentences about what has gone wrong in a validation result, usually none. progress: the share
+    of the stage that is done. Early on, all of them are normal."""
+    if stage == 0:
+        if result["codes_used"] <= 4:
+            yield (f"THE CODEBOOK HAS COLLAPSED: {result['codes_used']} codes in use. Give the"
+                   " encoder longer before the codebook starts: --tok_unquantized 300")
+        return
+    if result["perplexity"] < 1.5:
         yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
-               " steps get one code. Early on this is normal; if it lasts, let the LAM learn longer"
-               " before its codebook starts (--lam_steps, --lam_unquantized), or lower --lr")
-    if stage == 1 and result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
+               " steps get one code. If it lasts, let the LAM learn longer before its codebook"
+               " starts (--lam_steps, --lam_unquantized), or lower --lr")
+    if result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
-               f" against {result['copy_wrong_pixels']:.1f}. Early on this is normal; if it lasts,"
-               " train longer or raise --lr")
+               f" against {result['copy_wrong_pixels']:.1f}. If it lasts, train longer, or raise"
+               " --lr")
+    if progress >= 0.1 and result["action_ratio"] < 1.1:
+        yield (f"THE BUTTONS DO NOTHING: with another clip's actions the dynamics loses"
+               f" {result['action_ratio']:.2f} times as much. If it lasts, the codes name no"
+               " actions (more --lam_steps), or too little moves")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1488,6 +1495,8 @@ def eval_command(args):
             files.check_output(path, (suffix,), args.force)
     genie = load_run(args)
     data = Sequences(find_data(args.data, genie.trained_on), args.split)
+    if args.count < 32:
+        files.warn(f"{args.count} sequences are few: delta_psnr may be off by several dB")
     result = evaluate(genie, data, args.count)
     print_table(result)
     if args.json is not None:

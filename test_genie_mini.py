@@ -1512,6 +1512,21 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
 
 
+GOOD = dict(codes_used=30, perplexity=6, wrong_pixels=1, copy_wrong_pixels=80, action_ratio=5)
+
+
+@pytest.mark.parametrize("stage, progress, bad, told", [
+    (0, 0.5, {}, []), (0, 0.5, {"codes_used": 4}, ["CODEBOOK"]), (1, 0.5, {}, []),
+    (1, 0.5, {"perplexity": 1.4}, ["ACTIONS"]), (1, 0.5, {"wrong_pixels": 79}, ["LAM"]),
+    (1, 0.1, {"action_ratio": 1.05}, ["BUTTONS"]), (1, 0.09, {"action_ratio": 1.05}, [])])
+def test_troubles_are_told(stage, progress, bad, told, gm=genie_mini):
+    """Failing means that hours of training go by before somebody hears that the codes collapsed or
+    that the buttons do nothing, or that a healthy run is called sick."""
+    found = list(gm.troubles({**GOOD, **bad}, stage, progress))
+    assert [text.split()[1] for text in found] == told
+    assert all("\n" not in text for text in found)
+
+
 # --- presets --------------------------------------------------------------------------------
 
 CARD = dict(
@@ -2009,6 +2024,9 @@ BUGS = [
      test_evaluation_of_a_perfect_world, {}),
     ("a run-away loss goes on", "loss < self.EXPLODED and norm < math.inf", "norm < math.inf",
      test_diverging_training_says_so, {}),
+    ("nobody hears that the buttons do nothing", 'result["action_ratio"] < 1.1', "False",
+     test_troubles_are_told,
+     {"stage": 1, "progress": 0.1, "bad": {"action_ratio": 1.05}, "told": ["BUTTONS"]}),
     ("NaN saved over good weights", "if not finite(self.genie.state_dict().values()):",
      "if False:", test_diverging_training_says_so, {}),
 ]
