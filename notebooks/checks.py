@@ -160,8 +160,89 @@ def turn(student):
     return verdict(True, "")
 
 
+def motion_kept(student):
+    """Exercise 1 of notebook 01: the share of the grey change that has a binary one beside it."""
+    rng = np.random.default_rng(0)
+    grey = np.full((5, 64, 64), 100, np.uint8)
+    grey[:, 50:] += rng.integers(0, 13, (5, 14, 64), dtype=np.uint8)    # noise, up to 12 levels
+    binary = (rng.random(grey.shape) < 0.02).astype(np.uint8)           # flicker
+    for t in range(5):
+        grey[t, 4:10, 4 * t:4 * t + 8], grey[t, 14:20, 40 - 5 * t:48 - 5 * t] = 220, 60
+        grey[t, 24:30, 4 * t:4 * t + 8], grey[t, 34:44, 2 * t:2 * t + 6] = 121, 160
+        binary[t, 3:9, 4 * t + 1:4 * t + 9] = 1                         # one pixel too far
+        binary[t, 14:20, 39 - 5 * t:47 - 5 * t] = 1
+        binary[t, 34:44, 2 * t:2 * t + 6], binary[t, 30:50, 63] = 1, t % 2
+    step = np.diff(grey.astype(int), axis=0)
+    change, wrapped, flips = abs(step), np.diff(grey, axis=0), binary[1:] != binary[:-1]
+    weight, near, moves = change * (change > 8), data_prep.spread(flips), change > 8
+    around = [np.roll(flips, (y, x), (1, 2)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    kept = (weight * near).sum()
+    right = kept / weight.sum()
+    no_weights = ("you count pixels. One that changes by 100 levels must weigh ten times as much "
+                  "as one that changes by 10: sum the changes themselves.")
+    no_neighbours = ("you ask for a binary change in the very same pixel. One pixel beside it is "
+                     "near enough: spread the binary changes first.")
+    by_binary = ("you divide by the binary changes. Of the grey change a share is kept, so the "
+                 "sum of all grey change stands below the line.")
+    wraps = ("uint8 knows no negative numbers: what gets darker by 3 has changed by 253. Turn grey "
+             "into int before you subtract.")
+    below = "changes of up to 8 levels are noise, and count neither above nor below the line."
+    wrongs = (
+        ((moves & near).sum() / moves.sum(), no_weights),
+        ((weight * flips).sum() / weight.sum(), no_neighbours),
+        ((moves & flips).sum() / moves.sum(), no_weights + " Besides, " + no_neighbours),
+        (kept / flips.sum(), by_binary),
+        ((moves & near).sum() / flips.sum(), by_binary + " Besides, " + no_weights),
+        ((weight * flips).sum() / flips.sum(), by_binary + " Besides, " + no_neighbours),
+        (kept / near.sum(), by_binary),
+        *(((flips & data_prep.spread(change > k)).sum() / flips.sum(),
+           "of the binary changes you return the share with a grey one beside them. That is "
+           "'true', the other number.") for k in (4, 8)),
+        ((data_prep.spread(weight) * flips).sum() / weight.sum(), "you spread the grey change. It "
+         "is the binary change that may be one pixel away: spread that one."),
+        *(((w * near).sum() / w.sum(), wraps)
+          for w in (wrapped * (wrapped > 8), wrapped.astype(int))),
+        ((change * near).sum() / change.sum(), below),
+        (kept / change.sum(), below),
+        *(((w * near).sum() / w.sum(), "what gets darker has changed as well: take abs() of the "
+           "difference.") for w in (step * (step > 8), -step * (step < -8))),
+        *(((w * near).sum() / w.sum(), "weigh each pixel by its whole change, not by what exceeds "
+           "8 levels: a change of 9 counts 9, one of 8 counts 0.")
+          for w in ((change - 8).clip(0), change * (change >= 8))),
+        *(((weight * data_prep.spread(b)).sum() / weight.sum(), "you look for white pixels. A "
+           "thing that stands still is white as well: compare each picture with the one before.")
+          for b in (binary[1:], binary[:-1])),
+        ((weight * (around[1] | around[3] | around[4] | around[5] | around[7])).sum()
+         / weight.sum(), "within one pixel are all eight neighbours, those at the corners too."),
+        ((weight * np.any(around, axis=0)).sum() / weight.sum(), "np.roll lets what leaves on the "
+         "right come in on the left: the two edges are no neighbours. Pad, or use spread()."),
+        (np.mean((weight * near).sum((1, 2)) / weight.sum((1, 2))), "you average over the steps. "
+         "Sum over all of them first, and divide once: a step in which much moves counts more."),
+        ((weight * data_prep.spread(np.diff(binary, axis=0))).sum() / weight.sum(), "binary is "
+         "uint8, too, and 0 - 1 is 255: ask where two successive pictures differ, with !=."),
+        (1 - right, "that is the share that is lost."),
+        (100 * right, "return a share from 0 to 1, not a percentage."),
+        (kept, "that is the sum that is kept: divide it by the sum of all grey change."))
+    try:
+        got = student(grey.copy(), binary.copy())
+        if got is None:
+            return verdict(False, "write the function first.")
+        got = float(got)
+    except Exception as error:
+        return verdict(False, f"your function raised {type(error).__name__}: {error}. It gets two "
+                       f"arrays {grey.shape} of uint8 and returns one number.")
+    if np.isclose(got, right, rtol=1e-5):
+        return verdict(True, "")
+    for value, advice in wrongs:
+        if np.isclose(got, value, rtol=1e-5):
+            return verdict(False, advice)
+    return verdict(False, f"on the film of this check {right:.3f} is kept, and you return "
+                   f"{got:.3f}. Above the line: the weights (grey changes over 8) of the pixels "
+                   "with a binary change within one pixel. Below it: all weights.")
+
+
 def staggered(student):
-    """Exercise 1 of notebook 01: deal frames (T, ...) out to `stride` sequences."""
+    """Exercise 2 of notebook 01: deal frames (T, ...) out to `stride` sequences."""
     for shape, stride in (((48,), 3), ((12, 2, 5), 2), ((20, 3), 5)):
         frames = np.arange(np.prod(shape)).reshape(shape)
         try:
@@ -189,7 +270,7 @@ def staggered(student):
         if np.array_equal(got, frames.reshape(right.shape)):
             return verdict(False, "each sequence holds neighbouring frames, so it still runs at "
                            "the source's rate and lasts a third as long. The next frame of a "
-                           "sequence is `stride` later: see the picture of section 5.")
+                           "sequence is `stride` later: see the rows of section 6.")
         if np.array_equal(got, right[::-1]):
             return verdict(False, "the sequences are right but in reverse order: the first is the "
                            "one with offset 0. Labels and `start` count on that order.")
@@ -199,7 +280,7 @@ def staggered(student):
 
 
 def split_by_time(student):
-    """Exercise 2 of notebook 01: the test split is the last whole windows, in time."""
+    """Exercise 3 of notebook 01: the test split is the last whole windows, in time."""
     rng = np.random.default_rng(0)
     for numbers, share in ((np.arange(20), 0.2), (np.append(np.arange(20), [27, 28, 29]), 0.2),
                            (np.arange(12), 0.01), (np.arange(7), 0.45)):
@@ -225,7 +306,7 @@ def split_by_time(student):
         torn = len(set(window[got]) & set(window[~got]))
         if torn > 0:
             return verdict(False, f"{case}, {torn} window(s) have sequences on both sides: that is "
-                           "the leak of section 7. Decide by start // 48, window by window, never "
+                           "the leak of section 8. Decide by start // 48, window by window, never "
                            "sequence by sequence or by the place in the array.")
         if got.all():
             return verdict(False, f"{case} all is in test and nothing is left to train on. "
@@ -236,46 +317,6 @@ def split_by_time(student):
         return verdict(False, f"{case}, whole windows at the end are in test, as it should be, but "
                        f"{len(set(window[got]))} of them where {count} are wanted. Some windows "
                        "may be missing from the file: count those that are there, not ticks.")
-    return verdict(True, "")
-
-
-def label_transitions(student):
-    """Exercise 3 of notebook 01: the majority of three effects, the last if all differ."""
-    rng = np.random.default_rng(0)
-    cases = [rng.integers(0, 5, 48) for _ in range(5)]
-    for effects in cases:
-        try:
-            got = student(effects.copy())
-        except Exception as error:
-            return verdict(False, f"on effects of shape (48,) it raised "
-                           f"{type(error).__name__}: {error}")
-        if got is None:
-            return verdict(False, "write the function first.")
-        got = np.asarray(got)
-        if got.shape != (3, 15):
-            return verdict(False, f"the labels must have shape (3, 15), not {got.shape}: three "
-                           "sequences, and 16 frames have 15 transitions.")
-        right = data_prep.true_actions(effects)
-        if (got == right).all():
-            continue
-        k = 3 * np.arange(15) + np.arange(3)[:, None]                   # the first tick of each
-        first, second, third = (effects[k + i] for i in range(3))
-        differ = (first != second) & (second != third) & (first != third)
-        if (got == right[:1]).all():
-            return verdict(False, "all three sequences have the labels of the first. Sequence o "
-                           "begins at tick o, so its three effects begin there as well.")
-        if (got == third).all() or (got == second).all() or (got == first).all():
-            return verdict(False, "you take one of the three effects. Where the action changes "
-                           "in the middle of a step, the two that agree must win: most of the "
-                           "motion is theirs.")
-        if (got == right)[~differ].all():
-            return verdict(False, "the majorities are right, but where all three differ the last "
-                           "should win (bincount().argmax() gives the smallest, Counter the "
-                           "first): it is what the step ends with.")
-        o, j = np.argwhere(got != right)[0]
-        return verdict(False, f"sequence {o}, transition {j} goes from tick {k[o, j]} to "
-                       f"{k[o, j] + 3}; its effects are {effects[k[o, j]:k[o, j] + 3].tolist()}, "
-                       f"so its label is {right[o, j]}, not {got[o, j]}. Is it one tick off?")
     return verdict(True, "")
 
 
