@@ -47,6 +47,14 @@ def beside(pictures, gap=2):
     return np.concatenate([np.pad(p, border, constant_values=128) for p in pictures], axis=-1)
 
 
+def titled(clip, text, height=12):
+    """A grey clip (T, H, W) with a line of text over it: (T, height + H, W)."""
+    image = Image.new("L", (clip.shape[2], height))
+    ImageDraw.Draw(image).text((2, 0), text, fill=255)
+    title = np.broadcast_to(np.array(image), (len(clip), height, clip.shape[2]))
+    return np.concatenate([title, clip], axis=1)
+
+
 def arrow(dy, dx, scale=8):
     """A picture (64, 64) of 0/1: an arrow from the middle, `scale` times as long as (dy, dx)."""
     image = Image.new("L", (SIZE, SIZE))
@@ -86,6 +94,10 @@ def draw_curves(rows, path):
         points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
         axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
         axes.plot([step for step, _ in points], [value for _, value in points])
+        begun = [row["step"] for row in rows if row["stage"] == stage and "codes_used" in row]
+        if begun:
+            axes.axvline(begun[0], color="grey", linestyle=":", label="codebook in use")
+            axes.legend(loc="upper right")
     with written_whole(path) as file:
         figure.savefig(file, dpi=100, format="png")
 

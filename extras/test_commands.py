@@ -97,7 +97,7 @@ def test_train_leaves_a_whole_run(workspace):
             with Image.open(run / name) as image:
                 image.verify()
     with Image.open(run / "buttons.png") as image:
-        assert image.size == (72 + 17 * 66, 8 * 66), "eight rows of 16 frames and an arrow"
+        assert image.size == (72 + 9 * 132, 8 * 132), "eight rows of 8 frames and an arrow"
     check_evaluation(run / "eval.json")
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     assert rows[0][:3] == ["stage", "step", "lr"] and {len(row) for row in rows} == {len(rows[0])}
@@ -114,7 +114,7 @@ def test_eval_command(workspace, tmp_path, capsys):
                                 str(out), "--figure", str(figure), "--clips", str(clips),
                                 "--count", "3"]) == 0
         check_evaluation(out)
-        for path, size in ((figure, (72 + 17 * 66, 8 * 66)), (clips, (72 + 16 * 66, 9 * 66))):
+        for path, size in ((figure, (72 + 9 * 132, 8 * 132)), (clips, (72 + 16 * 66, 9 * 66))):
             with Image.open(path) as image:
                 assert image.size == size
     assert "delta_psnr" in capsys.readouterr().out

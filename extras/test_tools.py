@@ -102,10 +102,11 @@ def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
     moves = [(0, 0), (4, 0), (-4, 0), (0, 3), (0, -3), (1, 2), (0, 0), (0, 0)]
     genie.start = lambda frames: None
     genie.step = lambda state, action, generator: (frames.roll(moves[action], (1, 2)), None)
-    motion, changed = window_module.button_motion(genie, frames)
+    motion, changed, lively = window_module.button_motion(genie, frames)
     assert motion.round().sign().tolist() == [[np.sign(dy), np.sign(dx)] for dy, dx in moves]
     expected = [gm.errors(frames.roll(move, (1, 2)), frames).mean().item() for move in moves]
     assert changed.tolist() == pytest.approx(expected) and expected[0] == 0 < expected[5]
+    assert lively < 2, "in the last there is nothing to move"
     keys = window_module.arrow_keys(motion, changed)
     assert [moves[keys[key]] for key in ("up", "down", "left", "right")] == [
         (-4, 0), (4, 0), (0, -3), (0, 3)] and moves[keys[" "]] == (0, 0)

@@ -14,7 +14,7 @@ import genie_mini as gm
 from extras import files
 from extras.command_line import find_data, load_run
 from extras.files import UserError
-from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet
+from extras.pictures import arrow, beside, in_colour, save_gif, save_sheet, titled
 
 
 def three_clips(genie, data, indices):
@@ -40,22 +40,23 @@ def draw_rollout(genie, data, indices, path):
 
 
 def draw_buttons(genie, frames, path):
-    """What each button does: held down from frames[0], one a row; last, its mean motion as an arrow
-    over all of frames (B, H, W)."""
-    motion, actions = button_motion(genie, frames)[0].tolist(), held_buttons(genie)
-    first = frames[:1].to(genie.device).expand(len(actions), gm.SIZE, gm.SIZE)
+    """What each button does: held down, one a row, from that of the frames (B, H, W) in which they
+    differ most; last, its mean motion as an arrow over all of them."""
+    motion, _, lively = button_motion(genie, frames)
+    motion, actions = motion.tolist(), held_buttons(genie, 7)
+    first = frames[lively][None].to(genie.device).expand(len(actions), gm.SIZE, gm.SIZE)
     made = torch.cat([first[:, None], genie.rollout(first, actions, gm.seeded(0))], dim=1).cpu()
     rows = [[*clip.numpy(), arrow(dy, dx)] for clip, (dy, dx) in zip(made, motion)]
     labels = [f"{a}: {dy:+.1f} {dx:+.1f}" for a, (dy, dx) in enumerate(motion)]
-    save_sheet(rows, labels, path, scale=1)
+    save_sheet(rows, labels, path)
 
 
 @torch.no_grad()
 def button_motion(genie, frames, seed=0):
     """What each button moves, on average over real frames (B, H, W).
 
-    Returns which way, (num_actions, 2), and how many pixels change, (num_actions,). (dy, dx)
-    leads from the centre of the pixels that went out to the centre of those that lit up. So the
+    Returns which way, (num_actions, 2), how many pixels change, (num_actions,), and the number of
+    the frame in which the buttons differ most. (dy, dx) leads from the centre of the pixels that went out to the centre of those that lit up. So the
     direction counts, less the length: a thing that moves a little lights up its edge alone. What
     moves by itself does so under every button, either way, and averages out.
     """
@@ -66,13 +67,14 @@ def button_motion(genie, frames, seed=0):
         weight = pixels.float()[..., None]                              # (B, H, W, 1)
         return (weight * grid).sum((1, 2)) / weight.sum((1, 2)), pixels.any(-1).any(-1)
 
-    state, motions, changed = genie.start(frames), [], []
+    state, motions, made = genie.start(frames), [], []
     for action in range(genie.config.num_actions):
-        made = genie.step(state, action, gm.seeded(seed, action))[0].cpu()
-        (new, lit), (old, out) = centre(made > frames), centre(frames > made)
+        made.append(genie.step(state, action, gm.seeded(seed, action))[0].cpu())
+        (new, lit), (old, out) = centre(made[-1] > frames), centre(frames > made[-1])
         motions.append((new - old)[lit & out].mean(dim=0) if (lit & out).any() else torch.zeros(2))
-        changed.append(gm.errors(made, frames).mean())
-    return torch.stack(motions), torch.stack(changed)
+    made = torch.stack(made)                                            # (num_actions, B, H, W)
+    differ = made.float().var(dim=0).sum((1, 2))                        # (B,)
+    return torch.stack(motions), gm.errors(made, frames).mean(1), int(differ.argmax())
 
 
 def arrow_keys(motion, changed):
@@ -237,7 +239,8 @@ class Window:
 def open_window(args, genie):
     """Play in a window. Raises UserError where matplotlib can open none."""
     plt, firsts = screen(), first_frames(args, genie)
-    arrows = arrow_keys(*button_motion(genie, firsts))
+    motion, changed, _ = button_motion(genie, firsts)
+    arrows = arrow_keys(motion, changed)
     window = Window(genie, firsts, arrows, gm.seeded(args.seed))
     print(window.HELP)
     plt.show()                                           # until the window is closed
@@ -299,5 +302,6 @@ def play(args):
     if len(plan) == 1:
         save_gif(panels[0], out)
     else:
-        save_gif(beside(panels), out, scale=2)      # action 0 leftmost
+        titles = [titled(panel, f"button {a}") for a, panel in enumerate(panels)]
+        save_gif(beside(titles), out, scale=2)
     print(f"{out}: {plan.shape[1]} steps of {len(plan)} dream(s), {speed:.1f} frames a second")
