@@ -49,9 +49,9 @@ def beside(pictures, gap=2):
 
 def titled(clip, text, height=12):
     """A grey clip (T, H, W) with a line of text over it: (T, height + H, W)."""
-    image = Image.new("L", (clip.shape[2], height))
-    ImageDraw.Draw(image).text((2, 0), text, fill=255)
-    title = np.broadcast_to(np.array(image), (len(clip), height, clip.shape[2]))
+    image = Image.new("1", (clip.shape[2], height))                     # no grey: it stays sharp
+    ImageDraw.Draw(image).text((2, 0), text, fill=1)
+    title = np.broadcast_to(np.array(image, np.uint8) * 255, (len(clip), height, clip.shape[2]))
     return np.concatenate([title, clip], axis=1)
 
 
