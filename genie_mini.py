@@ -19,15 +19,15 @@ Shape key, everywhere the same:
     B batch   T frames   H W pixels (64, 64)   N patches a frame   P pixels a patch
     D model width   L latent width (16)   K codes in a codebook   h heads   e = D / h
 
-Contents: the tutorial, and (12) what it takes to run it, to skip at first
-     1  Config and presets               8  Dynamics model (MaskGIT)
-     2  Where to compute                 9  Genie: joined, and played
-     3  Data                            10  Training, stages 1 and 2
-     4  ST-attention, ST-transformer    11  Evaluation
-     5  Vector quantizer                12  Command line
-     6  Video tokenizer
-     7  Latent action model
-What a reader does not need stands in extras/: bench, files, checkpoints, pictures, the play window.
+Contents:
+     1  Config and presets               7  Latent action model
+     2  Where to compute                 8  Dynamics model (MaskGIT)
+     3  Data                             9  Genie: joined, and played
+     4  ST-attention, ST-transformer    10  Training, stages 1 and 2
+     5  Vector quantizer                11  Evaluation
+     6  Video tokenizer                 12  Commands
+What a reader does not need stands in extras/: flags, logs, files, checkpoints, pictures, the play
+window, bench, many processes.
 
 Where the paper is silent, this takes what was measured to learn; README's "How this differs from
 Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.
@@ -1023,6 +1023,7 @@ class Trainer:
 
     LOG_EVERY = 50                                       # steps between log lines
     EXPLODED = 1000.0                                    # no loss is that large and still learning
+
     def __init__(self, config, data, out):
         if config.batch % ranks.RANKS:
             raise UserError(f"--batch {config.batch} cannot be cut into {ranks.RANKS} equal slices:"
@@ -1464,6 +1465,8 @@ def train(args):
                       for name, part in genie.named_children())
           + f"\nsteps: {c.tok_steps:,} for the tokenizer, then {c.dyn_steps:,} for the world (LAM"
           " and dynamics); the time each stage needs is measured as it runs (ETA)", flush=True)
+    if c.preset == "smoke":
+        print("smoke is a rehearsal: it learns next to nothing, whatever it warns of", flush=True)
     with files.stopped_by_signals(trainer):
         finished = trainer.run()
         ranks.wait()                                     # torchrun ends all when the first one ends
