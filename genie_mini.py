@@ -1382,7 +1382,9 @@ def one_step(genie, frames, actions, generator):
 
 @torch.no_grad()
 def evaluate_dynamics(genie, data, indices, seed=0, t=4):
-    """delta_psnr at the t-th generated frame, its null, one-step errors and rollout errors.
+    """Of the t-th generated frame psnr_inferred, psnr_random, delta_psnr, delta_psnr_null and
+    delta_psnr_marginal; one step ahead wrong_pixels_inferred, _random and _copy; and
+    rollout_wrong_pixels and rollout_wrong_pixels_copy, {"4", "8", "15"}, after so many steps.
 
     Random actions are drawn in two ways: evenly from the codes in use (psnr_random; what dead codes
     do was never trained, and says nothing), and as often as they occur (delta_psnr_marginal).
