@@ -89,7 +89,7 @@ def draw_curves(rows, path):
     panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
               "LAM: pixel loss": ("world", "pixel_loss", "log"),
               "dynamics: loss": ("world", "dynamics_loss", "log"),
-              "actions: perplexity": ("world", "perplexity", "linear")}
+              "loss by other actions / by its own": ("world", "val_action_ratio", "log")}
     for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
         points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
         axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
@@ -97,7 +97,7 @@ def draw_curves(rows, path):
         begun = [row["step"] for row in rows if row["stage"] == stage and "codes_used" in row]
         if begun:
             axes.axvline(begun[0], color="grey", linestyle=":", label="codebook in use")
-            axes.legend(loc="upper right")
+            axes.legend()
     with written_whole(path) as file:
         figure.savefig(file, dpi=100, format="png")
 
