@@ -41,9 +41,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from extras.files import (FRAMES, SIZE, SOURCE_FPS, SPLITS, STRIDE, WINDOW, Parser, Progress,
-                          UserError, check_output, evenly, nearest_folder, run, save_dataset,
-                          unpack, warn)
+from extras.files import (FRAMES, JOIN_PICTURES, SIZE, SOURCE_FPS, SPLITS, STRIDE, WINDOW, Parser,
+                          Progress, UserError, check_input, check_output, evenly, nearest_folder,
+                          run, save_dataset, unpack, warn)
 
 try:                                # only videos and pictures need it: see need_av
     import av
@@ -106,6 +106,7 @@ def true_actions(effects):
 
 CUT, SCENE = 30, 5 * SOURCE_FPS      # mean grey levels by which a cut changes a picture; ticks
 TOLERANCE = Fraction(1, 1000)       # s: files that count in milliseconds round 33.3 to 33 or 34
+LONGEST = 60                        # s: a frame that shows for longer has a broken time stamp
 
 
 class Shrinker:
@@ -130,8 +131,8 @@ class Shrinker:
         elif self.crop == "fit":
             scale = SIZE / max(wide, high)
             size = (max(1, round(wide * scale)), max(1, round(high * scale)))
-        # area: each pixel is the mean of what it covers. out_range=pc: white is 255, black is 0.
-        nodes += [graph.add("scale", f"{size[0]}:{size[1]}:flags=area:out_range=pc"),
+        # area: each pixel is the mean of what it covers.
+        nodes += [graph.add("scale", f"{size[0]}:{size[1]}:flags=area"),
                   graph.add("format", "pix_fmts=gray"), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph
@@ -193,12 +194,7 @@ def need_av():
 def opened_video(path):
     """Yield (container, video stream) of a file. Raises UserError if it holds no video."""
     need_av()
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the name")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; choose a video file")
-    with open(path, "rb") as file:  # a file object: a name is never taken for a URL or a pattern
+    with open(check_input(path), "rb") as file:     # not its name: FFmpeg might see a URL in it
         try:
             container = av.open(file, metadata_errors="replace")      # a title may be Latin-1
         except FFmpegError as error:
@@ -242,9 +238,9 @@ def timed_frames(path, container, stream, faults):
 
     A frame without a time stamp is taken to follow its predecessor by 1 / average rate. A frame
     whose time does not come after its predecessor's is skipped and counted in faults.
-    Raises UserError for a gap of over an hour: such time stamps are broken.
+    Raises UserError for a gap of over LONGEST; a duration of over LONGEST is a fault like another.
     """
-    period = 1 / Fraction(stream.average_rate or SOURCE_FPS)
+    period = min(1 / Fraction(stream.average_rate or SOURCE_FPS), LONGEST)
     last = None
     for frame in decoded_frames(container, stream, faults):
         if frame.pts is not None:
@@ -254,12 +250,13 @@ def timed_frames(path, container, stream, faults):
         if last is not None and now <= last:
             faults["frame(s) whose time runs backwards"] += 1
             continue
-        if last is not None and now - last > 3600:
-            raise UserError(f"{path} has a gap of over an hour after {float(last):.1f} s; "
-                            "its time stamps are broken: convert it with FFmpeg first")
+        if last is not None and now - last > LONGEST:
+            raise UserError(f"{path} has a gap of over {LONGEST} s after {float(last):.1f} s: cut "
+                            "it there or, if nothing moves, fill it: ffmpeg -i OLD -r 30 NEW.mp4")
         last = now
         duration = (frame.duration or 0) * Fraction(frame.time_base or 0)
-        yield now, duration if 0 < duration <= 3600 else period, frame
+        faults[f"duration(s) of over {LONGEST} s"] += duration > LONGEST
+        yield now, duration if 0 < duration <= LONGEST else period, frame
 
 
 class Clip:
@@ -374,7 +371,7 @@ def read_clip(path, spool, crops, start, end):
         raise UserError(f"{path} has no frame{where} that can be decoded; try another file or time")
     clip.ratio = shrinkers[0].ratio
     warn_of_missing(clip, promised if end is None else 0, float(start))
-    for fault, count in faults.items():
+    for fault, count in (+faults).items():              # + leaves out what never happened
         warn(f"{path}: skipped {count} {fault}")
     return clip
 
@@ -752,8 +749,9 @@ def write_video(paths, out, threshold="auto", crop="auto", invert=False, start=0
     if end is not None and end <= start:
         raise UserError("--end must be later than --start")
     for path in paths:                      # all of them, before an hour goes into the first
-        with opened_video(path):
-            pass
+        with opened_video(path) as (container, _):
+            if container.format.name.endswith("_pipe"):
+                raise UserError(f"{path} is a picture, no video; {JOIN_PICTURES}")
     with tempfile.TemporaryFile(dir=nearest_folder(out)) as spool:    # vanishes when closed
         clips = read_clips(paths, spool, crop, start, end)
         keys = read_keys(actions, sum(clip.ticks for clip in clips)) if actions else None

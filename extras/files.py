@@ -62,6 +62,25 @@ def run(main):
     sys.exit(status)
 
 
+JOIN_PICTURES = "make one of numbered pictures: ffmpeg -framerate N -i 'name%04d.png' clip.mp4"
+
+
+def check_input(path):
+    """Return path as a Path if it is a file with something in it, or else raise a UserError that
+    says what it is."""
+    path, name = Path(path), str(path)
+    if path.is_file() and path.stat().st_size:
+        return path
+    raise UserError(next(answer for case, answer in (
+        (path.is_file(), f"{name} is empty; choose a video file"),
+        (path.is_dir(), f"{name} is a folder; name the videos in it, or {JOIN_PICTURES}"),
+        (path.exists(), f"{name} is a pipe or a device; save what comes from it in a file first"),
+        (name == "-", "standard input is not read; save the video in a file first"),
+        ("://" in name, f"{name} is an address; download the video first"),
+        (set("*?[") & set(name), f"no file matches {name}; check the pattern"),
+        (True, f"there is no file {name}; check the name")) if case))
+
+
 def check_output(path, suffixes, force):
     """Return path as a Path once it is clear that a file may be written there.
 

@@ -1,5 +1,6 @@
 """The tests of data_prep.py and extras/worlds.py: from a video to packed sequences."""
 
+import io
 import itertools
 import math
 import os
@@ -10,8 +11,11 @@ import subprocess
 import sys
 import tracemalloc
 import wave
+import zipfile
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,7 +24,7 @@ from av.stream import Disposition
 from PIL import Image
 
 import data_prep as dp
-from extras import files, pictures, worlds
+from extras import files, worlds
 from extras.testing import (encode, fuzzed, must_fail, mutant, numbered, numbered_video,
                             read_number, steady)
 
@@ -374,11 +378,27 @@ def test_crop_and_colour_range(tmp_path):
 
 
 def test_gif(tmp_path):
-    """Failing means that an animation is no longer read, or not at its speed."""
-    frames = np.stack([numbered(i) for i in range(60)])
-    pictures.save_gif(frames, tmp_path / "a.gif", scale=1, fps=10)           # 6 s
-    start, numbers = numbers_by_split(convert(tmp_path / "a.gif"))["train"]
+    """Failing means that an animation is no longer read, or not at its speed; that pixels which are
+    not square squeeze the picture; or that the last frame does not last as long as it says."""
+    path, (first, *rest) = tmp_path / "a.gif", [Image.fromarray(numbered(i, 32)) for i in range(60)]
+    first.save(path, save_all=True, append_images=rest, duration=[100] * 59 + [1500])
+    data = path.read_bytes()                        # (113 + 15) / 64: twice as wide as high
+    path.write_bytes(data[:12] + bytes([113]) + data[13:])
+    start, numbers = numbers_by_split(out := convert(path, "--crop", "center"))["train"]
     assert numbers[0].tolist() == list(range(16)) and start[0] == 0
+    assert files.load_meta(out)["sources"][0]["ticks"] == (5.9 + 1.5) * 30
+    assert read_number(dp.image_to_frame(path)) == 0
+
+
+def test_a_size_that_changes_midway(tmp_path):
+    """Failing means that the second half of such a video is cropped as the first, or refused."""
+    video, data = tmp_path / "v.h264", b""
+    for first, side in ((0, 128), (75, 256)):
+        film = [numbered(first + i, side, side) for i in range(75)]
+        data += encode(video, film, steady(25, 3), 25).read_bytes()
+    video.write_bytes(data)
+    numbers = np.concatenate([numbers for _, numbers in numbers_by_split(convert(video)).values()])
+    assert numbers[0, 0] == 0 and numbers[-1, -1] > 110
 
 
 @pytest.mark.parametrize("name, size, codec", [("v.mkv", (1, 1), "ffv1"),
@@ -412,7 +432,7 @@ def test_what_is_missing_is_told(tmp_path, capsys):
         assert told in warnings and ("warning" in warnings) == (told != "")
 
 
-def test_the_moving_stream_is_taken(tmp_path, capsys):
+def test_the_moving_stream_is_taken(tmp_path, monkeypatch, capsys):
     """Failing means that of a film with a cover picture the cover is used, or a song's cover."""
     def write(name, *streams):                      # (side in pixels, frames, disposition)
         with av.open(str(tmp_path / name), "w") as container:
@@ -433,8 +453,11 @@ def test_the_moving_stream_is_taken(tmp_path, capsys):
         return tmp_path / name
 
     cover = 256, 1, Disposition.attached_pic
-    for film in (write("film.mkv", (256, 1, 0), (64, 180, 0)),
-                 write("film.mp4", (64, 180, 0), cover)):
+    film = write("film.mp4", (64, 180, 0), cover)
+    film.write_bytes(film.read_bytes().replace(b"tkhd\0\0\0\3", b"tkhd\0\0\0\2"))    # no default
+    for film, told in ((write("film.mkv", (256, 1, 0), (64, 180, 0)), dp.length),
+                       (film, dp.length), (film, lambda stream: 0.0)):
+        monkeypatch.setattr(dp, "length", told)
         numbers = numbers_by_split(convert(film))["train"][1]
         assert "2 video streams" in capsys.readouterr().err
         assert numbers[0].tolist() == list(range(0, 48, 3))
@@ -459,6 +482,27 @@ def test_times_may_begin_anywhere():
         timed = [(begin + Fraction(k, 30), Fraction(1, 30), k) for k in range(5)]
         shown = list(dp.frames_on_clock(timed, 0, None))
         assert shown == [(k, k + 1, k) for k in range(5)]
+        assert list(dp.frames_on_clock(rest := iter(timed), 0, Fraction(3, 30))) == shown[:3]
+        assert [frame[2] for frame in rest] == [4], "what comes after --end is decoded"
+
+
+def test_absurd_times():
+    """Failing means that a broken time stamp fills hours with a still picture, or that frames which
+    run backwards are used, or left out unsaid."""
+    for rate, given, taken, skipped in (                    # given and taken: (time, duration) in s
+            (4, [(0, 1), (1, 1), (1, 1), (0, 1), (61, 2)], [(0, 1), (1, 1), (61, 2)],
+             {"frame(s) whose time runs backwards": 2}),
+            (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)], {"duration(s) of over 60 s": 1}),
+            (Fraction(1, 10_000_000), [(0, 0)], [(0, 60)], {}),
+            (4, [(0, 1), (60.1, 1)], "a gap of over 60 s", {})):
+        frames = [SimpleNamespace(pts=now, duration=long, time_base=1) for now, long in given]
+        video = SimpleNamespace(demux=lambda _: iter([SimpleNamespace(decode=lambda: frames)]))
+        faults, stream = Counter(), SimpleNamespace(average_rate=rate)
+        try:
+            timed = [frame[:2] for frame in dp.timed_frames("v.mp4", video, stream, faults)]
+            assert timed == taken and +faults == Counter(skipped)
+        except files.UserError as error:
+            assert str(taken) in str(error)
 
 
 # --- black and white that keeps what moves ----------------------------------------------------
@@ -556,22 +600,34 @@ def test_thin_things_are_steady(tmp_path, width, along):
     assert sizes.min() >= 4 and sizes.max() <= 6 and np.ptp(sizes) <= 1
 
 
-def test_otsu_finds_the_gap():
-    """Failing means that the automatic threshold splits a clear picture in the wrong place."""
+def test_otsu_finds_the_gap(tmp_path):
+    """Failing means that the automatic threshold splits a clear picture in the wrong place, or is
+    that of a short burst of frames, and not of the whole video."""
     histogram = np.zeros(256, dtype=np.int64)
     histogram[[20, 30, 180, 200]] = 50, 60, 5, 9
-    assert 30 <= dp.otsu(histogram) < 180
+    assert dp.otsu(histogram) == 104, "the middle between 30 and 179"
     assert dp.otsu(np.arange(256) == 255) < 255     # an all-white picture is white
+    film = np.full((84, 64, 64), 100, np.uint8)
+    film[:24, :32], film[24:, :32] = 20, 200        # 12 s at 2 FPS, and 2 s at 30 FPS
+    times = steady(2, 12) + [12 + now for now in steady(30, 2)]
+    video = encode(tmp_path / "v.mkv", film, times, codec="ffv1", **MILLISECONDS)
+    assert files.load_meta(convert(video, "--threshold", "otsu"))["looks"][0]["level"] < 100
 
 
 def test_an_edge_runs_where_a_pixel_is_half_covered():
     """Failing means that a bright thing is drawn larger than it is, as soon as a pixel of its edge
-    passes the level."""
+    passes the level; or that what is thinner than a pixel is drawn beside its place."""
     far = np.zeros((1, 64, 64), np.int16)
     far[0, 10:20, 10:20] = 80
     far[0, 11:19, 11:19] = 200                      # 8 pixels wide, with edges that are 0.4 covered
     on = dp.moved(far, 20, 200)[0]
     assert on.sum() == 64 and on[11:19, 11:19].all()
+    for pair, drawn in (((60, 100), (0, 1)), ((100, 60), (1, 0)), ((100, 115), (0, 1)),
+                        ((100, 125), (1, 1))):      # together over 1.1 pixels
+        far = np.zeros((1, 64, 64), np.int16)
+        far[0, 10, 20:22] = far[0, 30:32, 40] = pair
+        on = dp.moved(far, 20, 200)[0]
+        assert tuple(on[10, 20:22]) == tuple(on[30:32, 40]) == drawn
 
 
 def test_adaptive_sees_through_a_shadow_and_makes_no_halos(tmp_path):
@@ -636,6 +692,7 @@ def wrong_inputs(tmp_path_factory):
     with wave.open(str(folder / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
+    Image.new("L", (64, 64)).save(folder / "0001.png")
     (folder / "there.npz").write_bytes(b"precious")
     (folder / "folder.npz").mkdir()
     return folder
@@ -646,7 +703,10 @@ MISTAKES = {                        # a command: {what stands in its place "*": 
         "missing.mp4": "there is no file", "empty.mp4": "is empty", "text.mp4": "cannot read",
         "cut.mp4": "cannot read", "sound.wav": "no picture", "short.mp4": "4.8 s",
         "one.mp4": "4.8 s", "none.avi": "no frame", "still.mp4": "too still",
-        ".": "there is no file", "good.mp4 missing.mp4": "there is no file", "": "required"},
+        ".": "is a folder; ", "/dev/null": "is a pipe or a device", "-": "input is not read",
+        "http://a/b.mp4": "is an address", "no*.mp4": "no file matches no*.mp4",
+        "good.mp4 0001.png": "0001.png is a picture, no video; make one of numbered pictures: ff",
+        "good.mp4 missing.mp4": "there is no file", "": "required"},
     "video good.mp4 *": {
         "": "required", "-o out": "must end in .npz", "-o out.txt": "must end in .npz",
         "-o /proc/out.npz": "cannot write in /proc", "-o good.mp4/out.npz": "cannot write in",
@@ -676,8 +736,8 @@ MISTAKES = {                        # a command: {what stands in its place "*": 
 def test_mistakes_get_one_sentence(wrong_inputs, tmp_path, monkeypatch, capsys, arguments,
                                    expected):
     """Failing means that a user's mistake ends in a traceback, a wrong status, or debris."""
-    if "/proc" in arguments and not Path("/proc").is_dir():
-        pytest.skip("no folder here that nobody may write in")
+    if ("/proc" in arguments or "/dev" in arguments) and not Path("/proc").is_dir():
+        pytest.skip("no folder here that nobody may write in, or no device")
     shutil.copytree(wrong_inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -760,25 +820,42 @@ def test_data_file_is_as_designed(demo_file):
     assert meta["action_names"] == list(worlds.DEMO_ACTIONS)
 
 
-MALFORMED = {                       # which array is another one, and how
-    "type": ("train", np.zeros((3, 16, 64, 8), np.float32)),
-    "shape": ("train", np.zeros((3, 8, 64, 8), np.uint8)),
-    "no rows": ("train", np.zeros((0, 16, 64, 8), np.uint8)),
-    "bomb": ("train", np.broadcast_to(np.uint8(0), (5000, 16, 64, 8))),
-    "pickled": ("train", np.array([{"a": 1}], dtype=object)),
-    "absent": ("train_start", None),
-    "lengths": ("train_start", np.zeros(2, np.int64)),
-    "action": ("train_actions", np.full((3, 15), 9, np.uint8)),
-    "version": ("meta", '{"version": 0}'),
-    "names": ("meta", '{"version": 1, "action_names": 5}'),
-    "meta": ("meta", "not json"),
-    "meta number": ("meta", 1),
-    "nested": ("meta", "[" * 100_000),
+MALFORMED = {                       # which arrays are others, and how
+    "type": {"train": np.zeros((3, 16, 64, 8), np.float32)},
+    "shape": {"train": np.zeros((3, 8, 64, 8), np.uint8)},
+    "no rows": {"train": np.zeros((0, 16, 64, 8), np.uint8),
+                "train_start": np.zeros(0, np.int64), "meta": '{"version": 1}'},
+    "bomb": {"train": np.broadcast_to(np.uint8(0), (5000, 16, 64, 8))},
+    "squeezed": {"more": np.random.default_rng(0).integers(32, size=1 << 20, dtype=np.uint8)},
+    "pickled": {"train": np.array([{"a": 1}], dtype=object)},
+    "absent": {"train_start": None},
+    "lengths": {"train_start": np.zeros(2, np.int64)},
+    "action": {"train_actions": np.full((3, 15), 9, np.uint8)},
+    "version": {"meta": '{"version": 0}'},
+    "names": {"meta": '{"version": 1, "action_names": "stays"}'},
+    "numbers": {"meta": '{"version": 1, "action_names": [1, 2, 3, 4, 5]}'},
+    "meta": {"meta": "not json"},
+    "meta number": {"meta": 1},
+    "nested": {"meta": "[" * 100_000},
 }
+
+
+def resized(data, by):
+    """A data file in which `train` has some bytes more or fewer than its header says, with a right
+    checksum; if fewer, the zip's directory claims them all."""
+    with zipfile.ZipFile(file := io.BytesIO(data), "a") as archive:
+        array = archive.read(archive.NameToInfo.pop("train.npy"))     # a later one counts
+        archive.writestr("train.npy", (array + bytes(9))[:len(array) + by])
+        archive.getinfo("train.npy").file_size = len(array) + max(by, 0)
+    return file.getvalue()
+
+
 DAMAGED = {                         # what happens to the bytes of the file
     "cut": lambda data: data[:len(data) // 2],
     "flipped": lambda data: data[:9999] + bytes([data[9999] ^ 255]) + data[10_000:],
     "huge": lambda data: data.replace(b"(3, 16, 64, 8), }    ", b"(20000, 16, 64, 8), }"),
+    "longer": lambda data: resized(data, 9),
+    "shorter": lambda data: resized(data, -9),
 }
 
 
@@ -791,13 +868,10 @@ def test_malformed_data_file(tmp_path, kind):
     if kind in DAMAGED:
         path.write_bytes(DAMAGED[kind](path.read_bytes()))
     else:
-        name, value = MALFORMED[kind]
         with np.load(path, allow_pickle=False) as good:
-            arrays = {**good, name: value}
-        if kind == "absent":
-            del arrays[name]
-        save = np.savez_compressed if kind == "bomb" else np.savez
-        save(path, **arrays)
+            arrays = {**good, **MALFORMED[kind]}
+        save = np.savez_compressed if kind in ("bomb", "squeezed") else np.savez
+        save(path, **{name: array for name, array in arrays.items() if array is not None})
     tracemalloc.start()
     with pytest.raises(files.UserError) as caught:
         for split in files.SPLITS:
@@ -925,12 +999,36 @@ DATA_BUGS = [
      test_keys_are_stored_as_actions, {}),
     ("keys of another length", "keys.shape != (ticks,)", "False",
      test_keys_are_stored_as_actions, {}),
+    *((f"{old} -> {new}", old, new, test, arguments) for test, arguments, old, new in (
+        (test_gif, {}, "frame.width * aspect, ", "frame.width, "),
+        (test_gif, {}, "duration if 0 < duration <= LONGEST else period", "period"),
+        (test_a_size_that_changes_midway, {}, "if layout != self.layout", "if not self.layout"),
+        (test_the_moving_stream_is_taken, {}, "max(moving or streams, ", "max(streams, "),
+        (test_times_may_begin_anywhere, {}, "if tick >= limit", "if tick > limit"),
+        (test_absurd_times, {}, "now <= last", "now < last"),
+        (test_absurd_times, {}, "now - last > LONGEST", "now - last > 3600"),
+        (test_absurd_times, {}, "SOURCE_FPS), LONGEST)", "SOURCE_FPS), 1e9)"),
+        (test_absurd_times, {}, "0 < duration <= LONGEST", "0 < duration"),
+        (test_absurd_times, {}, "+= duration > LONGEST", "+= 0"),
+        (test_otsu_finds_the_gap, {},
+         "np.unique(np.linspace(begin, max(begin, last - STRIDE), count).astype(int))",
+         "np.array(self.first)[np.linspace(low, high - 1, count).astype(int)]"),
+        (test_otsu_finds_the_gap, {}, "int(best.mean())", "int(best[0])"),
+        (test_an_edge_runs_where_a_pixel_is_half_covered, {}, "<= 1.1 * full", "<= 1.2 * full"),
+        (test_an_edge_runs_where_a_pixel_is_half_covered, {}, "right > far ", "right < far "),
+        *((test_malformed_data_file, {"kind": kind}, old, new) for kind, old, new in (
+            ("names", "not isinstance(names, list) or ", ""),
+            ("numbers", " or not all(isinstance(name, str) for name in names)", ""),
+            ("longer", "entry.file_size == file", "entry.file_size >= file"),
+            ("shorter", "file.readinto(data) != len(data)", "not file.readinto(data)"),
+            ("squeezed", "> archive.fp.tell()", "> 2 * archive.fp.tell()"))))),
 ]
 
 
 @pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in DATA_BUGS],
                          ids=[bug[0] for bug in DATA_BUGS])
 def test_planted_bug_in_the_data_is_caught(old, new, test, arguments, request, monkeypatch):
-    """Failing means that data_prep.py could be wrong in this way, and no test would say so."""
-    monkeypatch.setitem(globals(), "dp", mutant(old, new, dp))
+    """Failing means that the data could be wrong in this way, and no test would say so."""
+    name = "dp" if old in Path(dp.__file__).read_text("utf-8") else "files"
+    monkeypatch.setitem(globals(), name, mutant(old, new, globals()[name]))
     must_fail(test, request, **arguments)
