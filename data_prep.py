@@ -106,7 +106,7 @@ def true_actions(effects):
 
 CUT, SCENE = 30, 5 * SOURCE_FPS      # mean grey levels by which a cut changes a picture; ticks
 TOLERANCE = Fraction(1, 1000)       # s: files that count in milliseconds round 33.3 to 33 or 34
-LONGEST = 60                        # s: a frame that shows for longer has a broken time stamp
+LONGEST = 600                       # s: a frame that shows for longer has a broken time stamp
 
 
 class Shrinker:

@@ -490,11 +490,11 @@ def test_absurd_times():
     """Failing means that a broken time stamp fills hours with a still picture, or that frames which
     run backwards are used, or left out unsaid."""
     for rate, given, taken, skipped in (                    # given and taken: (time, duration) in s
-            (4, [(0, 1), (1, 1), (1, 1), (0, 1), (61, 2)], [(0, 1), (1, 1), (61, 2)],
+            (4, [(0, 1), (1, 1), (1, 1), (0, 1), (601, 2)], [(0, 1), (1, 1), (601, 2)],
              {"frame(s) whose time runs backwards": 2}),
-            (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)], {"duration(s) of over 60 s": 1}),
-            (Fraction(1, 10_000_000), [(0, 0)], [(0, 60)], {}),
-            (4, [(0, 1), (60.1, 1)], "a gap of over 60 s", {})):
+            (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)], {"duration(s) of over 600 s": 1}),
+            (Fraction(1, 10_000_000), [(0, 0)], [(0, 600)], {}),
+            (4, [(0, 1), (600.1, 1)], "a gap of over 600 s", {})):
         frames = [SimpleNamespace(pts=now, duration=long, time_base=1) for now, long in given]
         video = SimpleNamespace(demux=lambda _: iter([SimpleNamespace(decode=lambda: frames)]))
         faults, stream = Counter(), SimpleNamespace(average_rate=rate)
