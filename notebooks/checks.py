@@ -57,58 +57,6 @@ def opposite(student):
                           " with motion[button].")
 
 
-def lasts(student):
-    """00: lasts(clip (T, 64, 64)) -> the number of frames up to the last one with a hero."""
-    def clip(counts):
-        frames = np.zeros((len(counts), 64, 64), dtype=np.uint8)
-        for t, count in enumerate(counts):
-            for k in range(count):
-                frames[t, 8:16, 8 + 16 * k:16 + 16 * k] = worlds.HERO
-        return frames
-
-    def answer(counts):
-        try:
-            given = student(clip(counts))
-            return None if given is None else int(given)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-
-    tests = {"to the end": [1, 1, 1, 1], "gone": [1, 1, 1, 0, 0], "back again": [1, 0, 1, 1, 0],
-             "two": [1, 1, 2, 2, 0], "never": [0, 0, 0]}
-    right = {"to the end": 4, "gone": 3, "back again": 4, "two": 4, "never": 0}
-    given = {name: answer(counts) for name, counts in tests.items()}
-    if all(value is None for value in given.values()):
-        return verdict(False, "write the function first; the stub returns None.")
-    if given == right:
-        return verdict(True, "")
-    for name, value in given.items():
-        if value is None or isinstance(value, str):
-            why = "returned None" if value is None else f"raised {value}"
-            extra = " There the list of frames with a hero is empty." if name == "never" else ""
-            return verdict(False, f"on frames with {tests[name]} heroes your function {why}."
-                                  f"{extra}")
-    if all(given[name] == right[name] - 1 for name in ("to the end", "gone", "back again")):
-        return verdict(False, "you return the number of the last frame with a hero. Frames are"
-                              " numbered from 0, so as many as that number plus one have passed.")
-    if given["to the end"] != 4:
-        return verdict(False, f"a hero that is there in all 4 frames lasts 4, not"
-                              f" {given['to the end']}. A search for a frame without a hero finds"
-                              " none here, and argmax or argmin then give 0.")
-    if given["back again"] == 1:
-        return verdict(False, "you stop at the first frame without a hero. With [1, 0, 1, 1, 0]"
-                              " heroes it is back after one frame: look for the last frame that has"
-                              " one.")
-    if given["back again"] == 3:
-        return verdict(False, "you count the frames that have a hero. With [1, 0, 1, 1, 0] that"
-                              " is 3, but the last of them is the 4th frame: its place counts.")
-    if given["two"] != 4:
-        return verdict(False, "two heroes are still a hero: ask for more than 0 of them, not for"
-                              " exactly 1.")
-    name = next(name for name in tests if given[name] != right[name])
-    return verdict(False, f"with {tests[name]} heroes the answer is {right[name]},"
-                          f" not {given[name]}.")
-
-
 def turn(student):
     """00: turn(was, now, button, ways) -> the same button while the hero moves, else the next."""
     ways = [3, 0, 6, 1]
