@@ -463,36 +463,6 @@ def nearest_code(student):
                    " (B, T, N, L): only the last axis is summed over.")
 
 
-def straight_through(student):
-    """straight_through(z, code): value of the code, gradient to z alone."""
-    start, target = torch.tensor([[0.5, -1.0], [2.0, 3.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]])
-    z = start.clone().requires_grad_()
-    code = torch.tensor([[1.0, -2.0], [2.5, 2.0]], requires_grad=True)
-    answer, trouble = _codebook_answer(student, z, code)
-    trouble = trouble or _codebook_shape(answer, (2, 2))
-    if trouble:
-        return verdict(False, trouble)
-    if not torch.allclose(answer.float(), code):
-        same = torch.allclose(answer.float(), z)
-        return verdict(False, "going forward the result must equal the code"
-                       + ("; you return z, so nothing is quantized." if same else
-                          ": z + (code - z) does."))
-    if not answer.requires_grad:
-        return verdict(False, "the value is right, but no gradient reaches z: you have detached"
-                       " all of it. Only the difference (code - z) should be a constant.")
-    grads = torch.autograd.grad(((answer - target) ** 2).sum(), (z, code), allow_unused=True)
-    at_z, at_code = (torch.zeros(2, 2) if g is None else g for g in grads)
-    wanted = 2 * (code - target).detach()
-    if not at_z.any():
-        return verdict(False, "the value is right, but the gradient at z is 0: the encoder would"
-                       " never learn. Without detach, z - z cancels going backward as well.")
-    if not torch.allclose(at_z, wanted):
-        return verdict(False, f"the gradient at z should be that at the code, {wanted.tolist()},"
-                       f" not {at_z.tolist()}: let z itself pass with slope 1.")
-    return verdict(not at_code.any(), "z gets its gradient, but the code gets one too: detach the"
-                   " whole difference, (code - z).detach(); the codebook learns by moving average.")
-
-
 def ema_step(student):
     """ema_step(count, total, z, indices, decay): a decayed count and sum for each code."""
     count, total = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([[2.0, 4.0], [3.0, 0.0], [1.0, 1.0]])
