@@ -237,6 +237,7 @@ SPOILT = {                                  # what is wrong: what does it to (we
     "rows": lambda w, about: about["rows"][0].update(step="last"),
     "endless row": lambda w, about: about["rows"][0].update(step=10 ** 400),
     "position": lambda w, about: about.update(step=-1),
+    "stage": lambda w, about: about.update(stage=3),
     "escape codes": lambda w, about: about.update(data="\x1b[2Jdemo.npz")}
 HEADER = {"weight": {"dtype": "F32", "shape": [10 ** 9], "data_offsets": [0, 4 * 10 ** 9]}}
 RAW = {                                     # what is wrong: what it makes of the file's bytes
@@ -398,6 +399,8 @@ CHECKPOINT_BUGS = [
      test_two_runs_do_not_share_a_folder, {}),
     ("a log row without end", "abs(v) < 1e300", "True", test_bad_checkpoint,
      {"kind": "endless row"}),
+    ("a stage that there is not", '<= about["stage"] <= len(STAGES)', '<= about["stage"]',
+     test_bad_checkpoint, {"kind": "stage"}),
     ("the optimizer's state not compared", "for i, m in moments.items())\n\n\ndef check",
      "for i, m in ())\n\n\ndef check", test_a_wrong_optimizer_state_is_refused,
      {"change": lambda state: state.update({99: state[0]})}),
@@ -425,6 +428,8 @@ EXTRAS_BUGS = [
      test_share_of_the_peak_by_hand, {}),
     ("micro_batch auto takes all", "share * need / free", "need / free",
      test_genie_mini.test_micro_batch_auto, {"stage": 1}),
+    ("the checkpoint before protects no run", " or previous(path).exists()", "",
+     test_genie_mini.test_a_killed_run_is_kept_and_swept, {}),
     ("fused attention costs nothing", "        written_out(work)\n    return",
      "        work()\n    return", test_float_operations_are_counted, {}),
 ]
@@ -460,7 +465,8 @@ def test_cost_grows_with_frames():
                          ids=[bug[0] for bug in EXTRAS_BUGS])
 def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request):
     """Failing means that a bug like this one in extras/ would pass all tests."""
-    modules = {"bench": bench, "window_module": window_module, "dreams": dreams}
+    modules = {"bench": bench, "window_module": window_module, "dreams": dreams,
+               "command_line": command_line}
     broken = {name: mutant(old, new, modules[name]) for name in inspect.signature(test).parameters
               if name in modules}
     must_fail(test, request, **arguments, **broken)
