@@ -793,56 +793,6 @@ def mask_schedule(student):
     return verdict(True, "")
 
 
-def sample_gumbel(student):
-    """student(logits, temperature, noise) -> codes drawn from softmax(logits / temperature)."""
-    draw = genie_mini.seeded(53)
-    logits = torch.randn(40, 50, 6, generator=draw)
-    noise = genie_mini.gumbel(logits.shape, draw)
-    for T in (1.0, 0.5, 3.0, 0.0):
-        right = (logits + T * noise).argmax(dim=-1)
-        try:
-            answer = student(logits.clone(), T, noise.clone())
-            if answer is None:
-                return verdict(False, "write the function first.")
-            answer = torch.as_tensor(answer)
-        except Exception as error:
-            return verdict(False, f"for temperature {T} it raised {type(error).__name__}: {error}")
-        if answer.shape != right.shape:
-            return verdict(False, f"logits of shape {tuple(logits.shape)} should give codes of"
-                                  f" shape {tuple(right.shape)}, not {tuple(answer.shape)}: take"
-                                  " the argmax over the last dimension.")
-        if answer.is_floating_point():
-            return verdict(False, "codes are whole numbers: take the argmax, not the max.")
-        # Equal sums may be rounded apart where T scales the logits instead.
-        if (answer == right).float().mean() > 0.999:
-            continue
-        if T == 0:
-            return verdict(False, "right for every temperature but 0, where it must give the"
-                                  " likeliest code. Dividing by T breaks there; multiply the noise"
-                                  " instead, which only vanishes.")
-        typical = [
-            (logits, "it always takes the likeliest code: the noise has no effect."),
-            (logits + noise, "the temperature has no effect: the noise must be multiplied by it."),
-            (logits / T + T * noise, "the temperature acts twice: divide the logits or multiply"
-                                     " the noise, not both."),
-            (logits * T + noise, "the wrong way round: a high temperature must flatten, so it"
-                                 " multiplies the noise, or divides the logits."),
-            (logits + noise / T, "the wrong way round: a high temperature must give more noise,"
-                                 " not less."),
-            (logits - T * noise, "minus the noise: Gumbel noise is lopsided, and with the other"
-                                 " sign this is not a draw from the softmax."),
-            (logits.softmax(-1) + T * noise, "add the noise to the logits, not to the"
-                                             " probabilities: the trick needs log-probabilities,"
-                                             " up to a constant."),
-        ]
-        for scores, advice in typical:
-            if (answer == scores.argmax(dim=-1)).float().mean() > 0.999:
-                return verdict(False, advice)
-        return verdict(False, f"for temperature {T} the codes are not the argmax of logits +"
-                              " temperature * noise; use the given noise and draw no other.")
-    return verdict(True, "")
-
-
 def commit(student):
     """student(confidence, masked, count) -> new masked, with the count surest unmasked."""
     draw = genie_mini.seeded(54)
