@@ -370,50 +370,6 @@ def causal_weights(student):
                    "minus infinity into the scores and let torch.softmax do the rest.")
 
 
-def count_pairs(student):
-    """Exercise 3 of notebook 02: pairs of full attention, and of space + time attention."""
-    for T, N in ((3, 4), (16, 256), (5, 64), (1, 1)):
-        try:
-            got = student(T, N)
-        except Exception as error:
-            return verdict(False, f"for T={T}, N={N} it raised {type(error).__name__}: {error}")
-        if got is None:
-            return verdict(False, "write the function first.")
-        try:
-            full, split = (float(n) for n in got)
-        except (TypeError, ValueError):
-            return verdict(False, "return two numbers: full, and space + time.")
-        case = f"T={T}, N={N}"
-        if full != (T * N) ** 2:
-            if full == T * N:
-                advice = "T x N is the number of patches; a pair is a patch with a patch."
-            elif full in (T * N * (T * N - 1) / 2, T * N * (T * N + 1) / 2, T * N * (T * N - 1)):
-                advice = ("count the whole table: (a, b) and (b, a) are two scores, and a patch "
-                          "also looks at itself.")
-            else:
-                advice = "it compares each of T x N patches with each of T x N."
-            return verdict(False, f"full attention for {case} should be {(T * N) ** 2:,}, not "
-                           f"{full:,.0f}: {advice}")
-        if split != T * N ** 2 + N * T ** 2:
-            if split == T * N ** 2:
-                advice = "that is space alone; each place also attends over time."
-            elif split == N * T ** 2:
-                advice = "that is time alone; each frame also attends over space."
-            elif split == N ** 2 + T ** 2:
-                advice = ("that is one table of each kind. There is a space table for each of T "
-                          "frames, and a time table for each of N places.")
-            elif split == T * N ** 2 * N * T ** 2:
-                advice = "the two kinds of tables come one after the other: add, do not multiply."
-            elif split == T * N ** 2 + N * T * (T + 1) / 2:
-                advice = ("the masked half of a time table counts too: the scores are computed "
-                          "before the mask is applied.")
-            else:
-                advice = "T tables of N x N, and N tables of T x T."
-            return verdict(False, f"space + time for {case} should be "
-                           f"{T * N ** 2 + N * T ** 2:,}, not {split:,.0f}: {advice}")
-    return verdict(True, "")
-
-
 def _codebook_answer(student, *args):
     """The student's answer, and what to say if there is none (an exception, or nothing written)."""
     try:
