@@ -552,77 +552,8 @@ def majority_accuracy(student):
                    f" {got:.3f}: code 2 is right twice, 0 and 3 three times, of ten steps.")
 
 
-def nmi(student):
-    """Exercise 2 of notebook 4: mutual information over the mean of the entropies."""
-    rng = np.random.default_rng(0)
-    true = rng.integers(5, size=300)
-    latent = np.where(rng.random(300) < 0.8, (true + 3) % 8, rng.integers(8, size=300))
-    joint = np.zeros((8, 5))
-    np.add.at(joint, (latent, true), 1 / 300)
-    a, b, both = (-(p[p > 0] * np.log(p[p > 0])).sum()
-                  for p in (joint.sum(1), joint.sum(0), joint.ravel()))
-    got, trouble = _number_04(student, latent, true)
-    if trouble:
-        return verdict(False, trouble)
-    with_hole = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1])
-    same, trouble = _number_04(student, *with_hole)
-    if trouble:
-        return verdict(False, trouble)
-    if not np.isfinite(got) or not np.isfinite(same):
-        return verdict(False, "it is not a number: some cells of the table are 0, and log 0 is"
-                       " minus infinity. Leave them out, for 0 log 0 counts as 0.")
-    information = a + b - both
-    if min(abs(got - information), abs(got - information / np.log(2))) < 1e-6:
-        return verdict(False, "that is the mutual information itself, which grows with the number"
-                       " of actions; divide it by the mean of the two entropies.")
-    if min(abs(got - information / h) for h in (a, b, both)) < 1e-6:
-        return verdict(False, "you divide by one entropy; here it is the mean of the two, of the"
-                       " codes and of the actions, so that spare codes cost something.")
-    if abs(got - information / (a + b)) < 1e-6:
-        return verdict(False, "you divide by the sum of the entropies, not by their mean: a perfect"
-                       " match would then get 0.5.")
-    if abs(got - 2 * information / (a + b)) > 1e-6:
-        return verdict(False, f"it should be {2 * information / (a + b):.4f} and is {got:.4f}:"
-                       " information = H(codes) + H(actions) - H(both).")
-    if abs(same - 1) > 1e-6:
-        return verdict(False, f"for the same partition twice it should be 1 and is {same:.3f}.")
-    one, trouble = _number_04(student, np.zeros(9, dtype=int), np.zeros(9, dtype=int))
-    if trouble:
-        return verdict(False, trouble + " (This was with one code and one action only.)")
-    return verdict(one == 0, "with one code and one action both entropies are 0: return 0 there,"
-                   " a collapsed LAM must not divide by nothing.")
-
-
-def frame_change(student):
-    """Exercise 3 of notebook 4: differences of successive frames, in -1, 0, 1."""
-    frames = torch.randint(2, (2, 4, 8, 8), generator=genie_mini.seeded(4)).byte()
-    want = frames[:, 1:].int() - frames[:, :-1].int()
-    got, trouble = _answer_04(student, frames)
-    if trouble:
-        return verdict(False, trouble)
-    if isinstance(got, torch.Tensor) and got.shape == frames.shape:
-        return verdict(False, "T frames have T-1 changes between them, and you return T: nothing"
-                       " leads to the first frame.")
-    got, trouble = _tensor_04(student, want.shape, frames)
-    if trouble:
-        return verdict(False, trouble)
-    values = got.double()
-    if (values == 255).any():
-        return verdict(False, "a pixel that goes out gives 255: uint8 knows no -1 and wraps around."
-                       " Turn the frames into floats or ints first.")
-    if torch.equal(values, want.abs().double()):
-        return verdict(False, "the sign is lost: then a step left looks like a step right.")
-    if torch.equal(values, -want.double()):
-        return verdict(False, "the sign is upside down: a pixel that lights up should be +1, so"
-                       " take frame t from frame t+1.")
-    if torch.equal(values, 2 * want.double()):
-        return verdict(False, "these are -2, 0, 2, as between frames of -1/+1: halve them.")
-    return verdict(torch.equal(values, want.double()), "some values are wrong: it is frame t+1"
-                   " minus frame t, along the second axis.")
-
-
 def pool_changed(student):
-    """Exercise 4 of notebook 4: the mean of the patches that moved."""
+    """Exercise 2 of notebook 4: the mean of the patches that moved."""
     x = torch.randn(2, 3, 6, 4, generator=genie_mini.seeded(5))
     moved = torch.rand(2, 3, 6, generator=genie_mini.seeded(6)) < 0.4
     moved[0, 0], moved[1, 2] = False, True
