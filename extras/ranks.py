@@ -5,9 +5,10 @@ its slice of the batch; summed over the ranks, gradients and codebook statistics
 whole batch, so that all ranks take the same step, and it is the step that one process would have
 taken. Without torchrun none of this does anything.
 
-PyTorch's DistributedDataParallel sums gradients as well, and sends them during the backward pass. It
-is not used: it knows nothing of codebooks, which are most of what is shared here, it would wrap each
-model, and with micro-batches it must be told when not to send; `sum_over` is one message a step.
+PyTorch's DistributedDataParallel sums gradients as well, and sends them during the backward pass.
+It is not used: it knows nothing of codebooks, which are most of what is shared here, it would wrap
+each model, and with micro-batches it must be told when not to send. `sum_over` is one message a
+step.
 """
 
 import atexit

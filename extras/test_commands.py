@@ -612,7 +612,7 @@ def seeds_table():
 
 
 def progress_table():
-    """MEASUREMENTS' table of the three seeds' progress, lowest to highest: early, half way, last."""
+    """MEASUREMENTS' table of the seeds' progress, lowest to highest: early, half way, last."""
     runs = []
     for _, name in SEEDS:
         lines = recorded(name).splitlines()

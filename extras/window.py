@@ -56,9 +56,10 @@ def button_motion(genie, frames, seed=0):
     """What each button moves, on average over real frames (B, H, W).
 
     Returns which way, (num_actions, 2), how many pixels change, (num_actions,), and the number of
-    the frame in which the buttons differ most. (dy, dx) leads from the centre of the pixels that went out to the centre of those that lit up. So the
-    direction counts, less the length: a thing that moves a little lights up its edge alone. What
-    moves by itself does so under every button, either way, and averages out.
+    the frame in which the buttons differ most. (dy, dx) leads from the centre of the pixels that
+    went out to the centre of those that lit up. So the direction counts, less the length: a thing
+    that moves a little lights up its edge alone. What moves by itself does so under every button,
+    either way, and averages out.
     """
     side = torch.arange(gm.SIZE)
     grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1)      # (H, W, 2)
