@@ -579,7 +579,8 @@ def recorded(name):
     return json.loads(text) if name.endswith(".json") else text
 
 
-@pytest.mark.parametrize("name, lines", [("demo", 26), ("card", 26), ("full", 24)])
+@pytest.mark.parametrize("name, lines", [("demo", 26), ("card", 26), ("full", 24),
+                                         ("space_invaders", 23)])
 def test_measurements_show_the_recorded_numbers(capsys, name, lines):
     """Failing means that an evaluation in MEASUREMENTS is not the one recorded in assets/."""
     genie_mini.print_table(recorded(f"{name}.json"))
