@@ -100,7 +100,7 @@ class Config:
     dyn_frames: int = 16            # frames a sequence: the memory of play, plus one
     dyn_steps: int = 50_000         # optimizer steps of stage 2
     mask_min: float = 0.5           # a frame draws its masking rate in [mask_min, 1]
-    action_noise: float = 0.8       # share of quiet steps with another action (section 10)
+    action_noise: float = 0.8       # how often a rest begins with another action (section 10)
     # Training
     batch: int = 128                # sequences the optimizer sees a step
     micro_batch: int = 0            # sequences in memory at once; 0 (auto): as many as fit
@@ -980,20 +980,21 @@ def world_noise(genie, frames, quiet, generator):
     look 64 ways instead of 4, and when its codebook starts it cannot name the actions yet.
     Source says where the dynamics takes each step's action from: t is step t of the clip, T-1+k is
     code k. Most take their own. But a hero that is blocked stays, so the LAM calls a press against
-    a wall "nothing", and a press that is blocked is never seen. So of the quiet steps, in which at
-    most `quiet` pixels change, many take the action of the last step before that was not quiet, as
-    if the button had been held on to; or any code, as often as it occurs, if there is none.
+    a wall "nothing", and a press that is blocked is never seen. So where quiet steps begin, in
+    which at most `quiet` pixels change, the first often takes the action of the step before, as if
+    the button had been held on to; or any code, as often as it occurs, if none is known. Not the
+    others: who rests would then be taken to go on resting, whatever is pressed.
     """
     c, (B, T) = genie.config, frames.shape[:2]
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
     shifts = c.tok_patch * patches * (c.lam_view == "change")           # in pixels
     still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
+    begins = still.int().diff(dim=1, prepend=torch.zeros(B, 1, dtype=torch.int)) > 0
     own = torch.arange(T - 1).expand(B, T - 1)
-    last = own.masked_fill(still, -1).cummax(dim=1).values              # -1: none yet
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
     code = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
-    other = torch.where(last >= 0, last, T - 1 + code.view(B, T - 1))
-    take = still & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
+    other = torch.where(own > 0, own - 1, T - 1 + code.view(B, T - 1))
+    take = begins & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
     take &= bool(genie.lam.quantizer.started)                           # before that, no codes
     return shifts, torch.where(take, other, own), genie.dynamics.random_mask(B, T - 1, generator)
 

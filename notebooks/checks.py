@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep                                                        # noqa: E402
 import genie_mini                                                       # noqa: E402
-from extras import files, worlds                                               # noqa: E402
+from extras import files                                            # noqa: E402
 
 
 def verdict(right, advice):
