@@ -186,8 +186,7 @@ def length(stream):
 def need_av():
     """Raise UserError where PyAV is not installed. The demo world and training do without."""
     if av is None:
-        raise UserError("videos and pictures are decoded by PyAV, which is not installed: pip "
-                        "install av")
+        raise UserError("PyAV, which decodes videos and pictures, is missing: pip install av")
 
 
 @contextlib.contextmanager
@@ -652,8 +651,7 @@ def deal_windows(windows):
     for name, size in reversed(split_sizes(len(windows)).items()):
         dealt[name] = left if name == "train" else left[-size:]
         if not dealt[name]:
-            raise UserError("the video is too short or too still to share no frame between train, "
-                            "val and test; use a longer one")
+            raise UserError("too short or too still for train, val and test; use a longer video")
         first, number = dealt[name][0]
         begin = window_frames(first, number)[0]
         left = [(clip, number) for clip, number in left[:-size]
