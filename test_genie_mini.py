@@ -1541,15 +1541,20 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_validation_is_on_the_val_split(stage, demo_file, tmp_path, gm=genie_mini):
+def test_validation_is_on_the_val_split(stage, demo_file, tmp_path, capsys, gm=genie_mini):
     """Failing means that validation measures what was trained on, which says nothing about new
-    video, or draws other masks each time, so that its curve jumps about by itself."""
+    video, or draws other masks each time, so that its curve jumps about by itself; or that it does
+    not say, a tenth of the stage later, that the buttons do nothing."""
     trainer = tiny_trainer(gm, demo_file, tmp_path)
     trainer.genie, trainer.log.unless_held = tiny_genie(gm), lambda *_: None    # no pictures
     trainer.enter_stage(stage)
     measured = trainer.validate()
     trainer.step, trainer.train_set.bits = 9, ~trainer.train_set.bits
     assert trainer.validate() == measured
+    assert "DO NOTHING" not in capsys.readouterr().out
+    trainer.step = trainer.total // 10
+    trainer.validate()
+    assert ("DO NOTHING" in capsys.readouterr().out) == (stage == 1)
 
 
 def test_a_killed_run_is_kept_and_swept(demo_file, tmp_path, monkeypatch, command_line=command_line,
@@ -2129,6 +2134,8 @@ BUGS = [
      test_diverging_training_says_so, {}),
     ("half-written files kept", "        files.sweep(out)\n", "",
      test_a_killed_run_is_kept_and_swept, {}),
+    ("trouble is told late", "self.stage, self.step / self.total)", "self.stage, 0)",
+     test_validation_is_on_the_val_split, {"stage": 1}),
     ("nobody hears that the buttons do nothing", 'result["action_ratio"] < 1.1', "False",
      test_troubles_are_told,
      {"stage": 1, "progress": 0.1, "bad": {"action_ratio": 1.05}, "told": ["BUTTONS"]}),

@@ -11,15 +11,15 @@ from extras import worlds
 def evaluate_world(genie, data, indices, steps=64, hold=8, seed=0):
     """Of dreams of random buttons, each held for a while:
 
-    one_hero, one_fish: share of frames with exactly one; walls_kept: of the first frame's pixels.
-    ball_on_course: share of dreams whose ball, after 4 real frames and 8 generated ones, is within
-    2 pixels of the game's own. Its way can only be known by memory. None where there is no such
-    thing, as in other videos, of which nobody knows what must be there.
+    one_hero, one_fish: share of frames with exactly one. walls_kept: of the first frame's wall
+    pixels, those still there. ball_on_course: share of dreams whose ball, after 4 real frames and 8
+    generated ones, is within 2 pixels of the game's own. Its way can only be known by memory. None
+    where there is no such thing, as in other videos, of which nobody knows what must be there.
     """
     def dream(x, i):
         plan = torch.randint(genie.config.num_actions, (len(x), steps // hold),
                              generator=gm.seeded(seed, i)).repeat_interleave(hold, dim=1)
-        made = genie.rollout(x[:, 0], plan, gm.seeded(seed, i, 1)).cpu()   # (B, steps, H, W)
+        made = genie.rollout(x[:, 0], plan, gm.seeded(seed, i, 1)).cpu()    # (B, steps, H, W)
         counts = [torch.tensor(np.stack([count(clip) for clip in made.numpy()]))
                   for count in (worlds.count_heroes, worlds.count_fish)]
         walls = torch.from_numpy(worlds.demo_walls(x[:, :1].cpu().numpy()))

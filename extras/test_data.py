@@ -437,8 +437,8 @@ def test_the_moving_stream_is_taken(tmp_path, monkeypatch, capsys):
     def write(name, *streams):                      # (side in pixels, frames, disposition)
         with av.open(str(tmp_path / name), "w") as container:
             made = [container.add_stream("mjpeg", rate=30, width=side, height=side,
-                                         pix_fmt="yuvj420p", disposition=disposition)
-                    for side, _, disposition in streams]
+                                         pix_fmt="yuvj420p", disposition=Disposition(kind).value)
+                    for side, _, kind in streams]
             sound = container.add_stream("aac", rate=8000)
             for stream, (side, count, _) in zip(made, streams):
                 for i in range(count):
