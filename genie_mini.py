@@ -991,9 +991,9 @@ def world_noise(genie, frames, quiet, generator):
     still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
     begins = still.int().diff(dim=1, prepend=torch.zeros(B, 1, dtype=torch.int)) > 0
     own = torch.arange(T - 1).expand(B, T - 1)
+    other = own - 1                                                     # the step before
     usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
-    code = torch.multinomial(usual, B * (T - 1), replacement=True, generator=generator)
-    other = torch.where(own > 0, own - 1, T - 1 + code.view(B, T - 1))
+    other[:, 0] = T - 1 + torch.multinomial(usual, B, replacement=True, generator=generator)
     take = begins & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
     take &= bool(genie.lam.quantizer.started)                           # before that, no codes
     return shifts, torch.where(take, other, own), genie.dynamics.random_mask(B, T - 1, generator)
