@@ -467,7 +467,7 @@ MISTAKES = {    # what is answered, FLAG and VALUE being the last two words: to 
     "3001 buttons": ["PLAY " + "0," * 3000 + "0"],
     "FLAG VALUE": ["PLAY 0 --start 99", "PLAY 0 --start -1"],
     "one of them": ["PLAY 0 --image a.png --start 1"],
-    "MPLBACKEND=WebAgg": ["play --run RUN"]}                            # no display, as over SSH
+    "no window can open here": ["play --run RUN"]}                      # no display, as over SSH
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -507,6 +507,22 @@ def test_lack_of_memory_is_told_in_one_sentence(monkeypatch, capsys, message, to
     else:
         with pytest.raises(RuntimeError):
             main("bench")
+
+
+@pytest.mark.parametrize("backend, told", [
+    ("agg", "no window can open here"), ("webagg", "pip install tornado"), ("qtagg", "Qt"),
+    ("module://matplotlib_inline.backend_inline", "extras.pictures.Animation")])
+def test_play_where_no_window_can_open(workspace, monkeypatch, capsys, backend, told):
+    """Failing means that `play` in a notebook's cell, over SSH, or with half of what a window needs
+    ends as if all were well, with no window, or in a traceback."""
+    def switch(name):
+        raise {"qtagg": ImportError("no Qt"), "webagg": RuntimeError("no Tornado")}[name]
+
+    monkeypatch.setattr(matplotlib.pyplot, "get_backend", lambda: backend)
+    monkeypatch.setattr(matplotlib.pyplot, "switch_backend", switch)
+    assert main("play", "--run", workspace / "run") == 2
+    shown = capsys.readouterr()
+    assert told in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 # --- as a program ------------------------------------------------------------------------------

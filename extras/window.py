@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import time
 from collections import deque
 from pathlib import Path
@@ -93,15 +94,16 @@ def screen():
     """matplotlib's pyplot, where it can open a window. Raises UserError where it can open none."""
     try:
         import matplotlib.pyplot as plt                  # slow to import: only here
-        backend = plt.get_backend().lower()
-    except (ImportError, ValueError) as error:           # a backend that is not there
+        backend = plt.get_backend()
+        if re.search("gtk|mac|qt|tk|webagg|wx", backend.lower()):
+            plt.switch_backend(backend)                  # now, if a part of it is missing
+            return plt
+    except (ImportError, RuntimeError, ValueError) as error:     # a backend that is not there
         raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
                         " pip install tornado and set it to WebAgg") from None
-    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
-        raise UserError("there is no display to play on; MPLBACKEND=WebAgg python genie_mini.py"
-                        " play plays in a browser (pip install tornado), --actions 0,1 --out"
-                        " roll.gif saves a GIF")
-    return plt
+    raise UserError(f"no window can open here (matplotlib draws by {backend}): MPLBACKEND=WebAgg"
+                    " python genie_mini.py play plays in a browser (pip install tornado), --out"
+                    " roll.gif saves a GIF, and extras.pictures.Animation plays in a notebook")
 
 
 def copies(state, n):
