@@ -222,40 +222,43 @@ def decoded_frames(container, stream, faults):
         try:
             packet = next(packets, None)
         except (FFmpegError, IndexError):  # the container itself breaks off here
-            faults["broken packet(s)"] += 1
+            faults["broken packet(s) skipped"] += 1
             packet = None
         if packet is None:
             return
         try:
             yield from packet.decode()
         except FFmpegError:
-            faults["broken packet(s)"] += 1
+            faults["broken packet(s) skipped"] += 1
 
 
 def timed_frames(path, container, stream, faults):
     """Yield (time, duration, frame), exact Fractions of a second, times strictly increasing.
 
-    A frame without a time stamp is taken to follow its predecessor by 1 / average rate. A frame
-    whose time does not come after its predecessor's is skipped and counted in faults.
-    Raises UserError for a gap of over LONGEST; a duration of over LONGEST is a fault like another.
+    A frame without a time stamp is taken to follow its predecessor by 1 / average rate; so is one
+    whose time runs backwards: frames come in order, even of an AVI, whose times are those of
+    decoding. One whose time stands still is skipped. All but the first go into faults, as does a
+    duration of over LONGEST. Raises UserError for a gap of over LONGEST.
     """
     period = min(1 / Fraction(stream.average_rate or SOURCE_FPS), LONGEST)
-    last = None
+    last = stamp = None
     for frame in decoded_frames(container, stream, faults):
-        if frame.pts is not None:
-            now = frame.pts * Fraction(frame.time_base)
-        else:
-            now = last + period if last is not None else Fraction(0)
-        if last is not None and now <= last:
-            faults["frame(s) whose time runs backwards"] += 1
+        before, stamp = stamp, frame.pts
+        if stamp is not None and stamp == before:
+            faults["frame(s) whose time stands still skipped"] += 1
             continue
+        now = last if stamp is None else stamp * Fraction(frame.time_base)
+        if last is not None and now <= last:
+            now = last + period
+            if stamp is not None:
+                faults["frame(s) whose time runs backwards: placed by the frame rate"] += 1
         if last is not None and now - last > LONGEST:
             raise UserError(f"{path} has a gap of over {LONGEST} s after {float(last):.1f} s: cut "
                             "it there or, if nothing moves, fill it: ffmpeg -i OLD -r 30 NEW.mp4")
-        last = now
+        last = now or Fraction(0)
         duration = (frame.duration or 0) * Fraction(frame.time_base or 0)
-        faults[f"duration(s) of over {LONGEST} s"] += duration > LONGEST
-        yield now, duration if 0 < duration <= LONGEST else period, frame
+        faults[f"duration(s) of over {LONGEST} s left out"] += duration > LONGEST
+        yield last, duration if 0 < duration <= LONGEST else period, frame
 
 
 class Clip:
@@ -371,7 +374,7 @@ def read_clip(path, spool, crops, start, end):
     clip.ratio = shrinkers[0].ratio
     warn_of_missing(clip, promised if end is None else 0, float(start))
     for fault, count in (+faults).items():              # + leaves out what never happened
-        warn(f"{path}: skipped {count} {fault}")
+        warn(f"{path}: {count} {fault}")
     return clip
 
 

@@ -24,7 +24,7 @@ from av.stream import Disposition
 from PIL import Image
 
 import data_prep as dp
-from extras import files, worlds
+from extras import files, testing, worlds
 from extras.testing import (encode, fuzzed, must_fail, mutant, numbered, numbered_video,
                             read_number, steady)
 
@@ -476,6 +476,18 @@ def test_a_title_in_an_old_alphabet(tmp_path):
     convert(video)
 
 
+@pytest.mark.parametrize("options", [{"bf": "2"}, {"bf": "3", "preset": "medium"}])
+def test_avi_with_frames_decoded_out_of_order(tmp_path, monkeypatch, capsys, options):
+    """Failing means that of an AVI, which has no times but those of decoding, half of the frames
+    are left out, or shown at wrong times, or that this is not told."""
+    monkeypatch.setattr(testing, "X264", {**testing.X264, **options})
+    video = numbered_video(tmp_path / "v.avi", steady(30, 10), time_base=Fraction(1, 30))
+    splits = numbers_by_split(convert(video)).values()
+    numbers = np.concatenate([numbers for _, numbers in splits])[3:]    # after the first frames
+    assert (np.diff(numbers) == 3).all()
+    assert re.search(r"\d\d frame\(s\) whose time runs backwards", capsys.readouterr().err)
+
+
 def test_times_may_begin_anywhere():
     """Failing means that a file which begins before 0, as after a cut, is put on a wrong clock."""
     for begin in (-2, 0, 7):
@@ -487,12 +499,18 @@ def test_times_may_begin_anywhere():
 
 
 def test_absurd_times():
-    """Failing means that a broken time stamp fills hours with a still picture, or that frames which
-    run backwards are used, or left out unsaid."""
+    """Failing means that a broken time stamp fills hours with a still picture, or that frames whose
+    times run backwards are left out, or placed by another rule than the frame rate's."""
+    still = "frame(s) whose time stands still skipped"
+    backwards = "frame(s) whose time runs backwards: placed by the frame rate"
     for rate, given, taken, skipped in (                    # given and taken: (time, duration) in s
-            (4, [(0, 1), (1, 1), (1, 1), (0, 1), (601, 2)], [(0, 1), (1, 1), (601, 2)],
-             {"frame(s) whose time runs backwards": 2}),
-            (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)], {"duration(s) of over 600 s": 1}),
+            (4, [(0, 1), (1, 1), (1, 1), (0, 1), (601, 2)],
+             [(0, 1), (1, 1), (1.25, 1), (601, 2)], {still: 1, backwards: 1}),
+            (1, [(1, 1), (4, 1), (3, 1), (5, 1), (2, 1), (8, 1)],
+             [(1, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1)], {backwards: 3}),
+            (4, [(None, 1), (None, 1)], [(0, 1), (0.25, 1)], {}),
+            (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)],
+             {"duration(s) of over 600 s left out": 1}),
             (Fraction(1, 10_000_000), [(0, 0)], [(0, 600)], {}),
             (4, [(0, 1), (600.1, 1)], "a gap of over 600 s", {})):
         frames = [SimpleNamespace(pts=now, duration=long, time_base=1) for now, long in given]

@@ -30,6 +30,9 @@ def read_number(frame):
     return number
 
 
+X264 = {"preset": "ultrafast", "crf": "8", "bf": "2"}
+
+
 def encode(path, pictures, times, rate=30, codec="libx264", time_base=Fraction(1, 90000)):
     """Encode grey pictures (H, W) at exact presentation times (s)."""
     with av.open(str(path), "w") as container:
@@ -38,7 +41,7 @@ def encode(path, pictures, times, rate=30, codec="libx264", time_base=Fraction(1
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = time_base
         if codec == "libx264":
-            stream.options = {"preset": "ultrafast", "crf": "8", "bf": "2"}
+            stream.options = X264
             stream.codec_context.thread_count = 1       # the same bytes whatever the machine
         for picture, now in zip(pictures, times):
             frame = av.VideoFrame.from_ndarray(picture.repeat(3).reshape(*picture.shape, 3))
