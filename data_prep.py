@@ -24,8 +24,8 @@ With no video at hand, `demo` renders a small game in which the true actions are
     python data_prep.py preview data/NAME.npz -o sheet.png [--split train|val|test] [--count N]
 
 Contents: 1 sequences and splits · 2 decoding video · 3 black and white · 4 from video to data ·
-5 the command line. How files are written and read stands in extras/files.py, the games
-in extras/worlds.py.
+5 the command line. How files are written and read stands in extras/files.py, what few
+films need in extras/films.py, the games in extras/worlds.py.
 """
 
 import base64
@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from extras import films
 from extras.files import (FRAMES, JOIN_PICTURES, SIZE, SOURCE_FPS, SPLITS, STRIDE, WINDOW, Parser,
                           Progress, UserError, check_input, check_output, evenly, nearest_folder,
                           run, save_dataset, unpack, warn)
@@ -112,10 +113,12 @@ LONGEST = 600                       # s: a frame that shows for longer has a bro
 class Shrinker:
     """Turns decoded frames into grey squares, uint8 (64, 64), through an FFmpeg filter graph."""
 
-    def __init__(self, crop):
+    def __init__(self, crop, ground=None):
         """crop: 'center' keeps the middle square; 'stretch' and 'fit' keep everything: the one
-        scales both axes apart, the other adds black bars."""
+        scales both axes apart, the other adds black bars. What is transparent becomes black, or
+        white where ground is "white"."""
         self.crop, self.layout, self.graph = crop, None, None
+        self.ground = ground
 
     def build(self, frame, aspect):
         """Set up crop -> scale -> grey. aspect: width / height of one pixel (1 almost always)."""
@@ -131,9 +134,15 @@ class Shrinker:
         elif self.crop == "fit":
             scale = SIZE / max(wide, high)
             size = (max(1, round(wide * scale)), max(1, round(high * scale)))
+        turn = []
+        if films.has_alpha(frame):
+            turn = ["negate"] if self.ground == "white" else []       # white: the negative of black
+            nodes += [graph.add("format", "pix_fmts=gbrap"), *map(graph.add, turn),
+                      graph.add("premultiply", "inplace=1")]          # colours on black
         # area: each pixel is the mean of what it covers.
         nodes += [graph.add("scale", f"{size[0]}:{size[1]}:flags=area"),
-                  graph.add("format", "pix_fmts=gray"), graph.add("buffersink")]
+                  graph.add("format", "pix_fmts=gray"), *map(graph.add, turn),
+                  graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph
 
@@ -208,16 +217,13 @@ def opened_video(path):
             long = max(map(length, streams)) / 2
             stream = max(moving or streams, key=lambda one: (
                 length(one) >= long, one.disposition & Disposition.default, one.width * one.height))
-            if len(streams) > 1:
-                warn(f"{path} has {len(streams)} video streams: taking number {stream.index}, "
-                     f"{stream.width}x{stream.height} pixels")
             stream.thread_type = "AUTO"     # decode on several cores
             yield container, stream
 
 
 def decoded_frames(container, stream, faults):
     """Yield every frame that can be decoded. Broken packets are skipped and counted in faults."""
-    packets = container.demux(stream)
+    packets, decoder = container.demux(stream), films.decoder(stream)
     while True:
         try:
             packet = next(packets, None)
@@ -227,7 +233,7 @@ def decoded_frames(container, stream, faults):
         if packet is None:
             return
         try:
-            yield from packet.decode()
+            yield from decoder.decode(packet)
         except FFmpegError:
             faults["broken packet(s) skipped"] += 1
 
@@ -358,14 +364,20 @@ def read_clip(path, spool, crops, start, end):
     hours of grey frames do not belong in memory.) Raises UserError if nothing can be decoded.
     """
     clip, faults = Clip(Path(path), spool, crops), Counter()
-    shrinkers = [Shrinker(crop) for crop in crops]
+    with opened_video(path) as opened:
+        ground, merge = films.look_over(path, *opened, decoded_frames)
+    shrinkers = [Shrinker(crop, ground) for crop in crops]
     with opened_video(path) as (container, stream):
+        if len(container.streams.video) > 1:
+            warn(f"{path} has {len(container.streams.video)} video streams: taking number "
+                 f"{stream.index}, {stream.width}x{stream.height} pixels")
         promised = length(stream) or (container.duration or 0) / 1e6              # in seconds
         progress = Progress(clip.path.name, promised)
-        timed = timed_frames(path, container, stream, faults)
-        for tick, until, frame in frames_on_clock(timed, start, end):
+        timed = films.paired(timed_frames(path, container, stream, faults), merge)
+        for tick, until, frames in frames_on_clock(timed, start, end):
             aspect = Fraction(stream.sample_aspect_ratio or 1)
-            clip.add(tick, until, np.stack([shrink(frame, aspect) for shrink in shrinkers]))
+            squares = [[shrink(frame, aspect) for shrink in shrinkers] for frame in frames]
+            clip.add(tick, until, (merge or np.maximum).reduce(squares))
             progress.update(until / SOURCE_FPS + float(start))
         progress.close()
     if clip.ticks == 0:
@@ -574,20 +586,12 @@ def choose_crop(clips):
 
 
 def picture(path):
-    """A picture file as a decoded frame, upright; None if it is a video, or none that Pillow reads.
-
-    What is transparent becomes black, or white where the figure is dark: else it would not show.
-    """
+    """A picture file as a decoded frame, upright; None where Pillow reads none, as of a video."""
     need_av()
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                grey, opaque = np.array(image.convert("L")), np.array(image)[..., 3] > 127
-                ground = "black" if not opaque.any() or grey[opaque].mean() > 127 else "white"
-                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-            return av.VideoFrame.from_image(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            return av.VideoFrame.from_ndarray(np.array(upright), format="rgba")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
@@ -603,7 +607,8 @@ def image_to_frame(path, meta=None):
         frame = picture(path) or next(decoded_frames(container, stream, Counter()), None)
         if frame is None:
             raise UserError(f"{path} holds no picture that can be decoded; choose another image")
-        shrink = Shrinker(meta.get("crop") or "center")
+        ground = films.clear_ground([films.sample(frame)])
+        shrink = Shrinker(meta.get("crop") or "center", ground)
         grey = shrink(frame, Fraction(stream.sample_aspect_ratio or 1))[None]
     looks = [find_look("otsu" if meta.get("threshold") is None else meta["threshold"], grey)]
     if meta.get("looks"):                               # several: that of the most similar scene
