@@ -22,7 +22,7 @@ from extras.testing import (fuzzed, measurements, must_fail, mutant, random_fram
 # --- bench and the window -----------------------------------------------------------------------
 
 
-def test_float_operations_are_counted(bench=bench, gm=genie_mini):
+def test_float_operations_are_counted(gm=genie_mini):
     """Failing means that the counter overlooks a part of the model: what bench calls a share of the
     peak is then too small."""
     layer, x = gm.STBlock(16, 2, 9).space, torch.randn(6, 81, 16)
@@ -38,7 +38,7 @@ def test_bench_counts_as_many_passes_on_both_sides(gm=genie_mini):
     assert cosine["gflop"] == other["gflop"]
 
 
-def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, bench=bench, gm=genie_mini):
+def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, gm=genie_mini):
     """Failing means that bench leaves out the step that begins the memory anew, or times it alone:
     play is then slower, or faster, than it says."""
     remembered, observe = [], gm.Genie.observe
@@ -52,7 +52,7 @@ def test_bench_plays_a_whole_turn_of_the_memory(monkeypatch, bench=bench, gm=gen
     assert remembered == [3, 4, 5] * 2, "once to time it, once to count its float operations"
 
 
-def test_bench_knows_the_baseline_from_the_step(monkeypatch, bench=bench, gm=genie_mini):
+def test_bench_knows_the_baseline_from_the_step(monkeypatch, gm=genie_mini):
     """Failing means that bench takes the baseline of training for the step, or the other way."""
     kinds, written_out = [], bench.written_out
     monkeypatch.setattr(bench, "written_out",
@@ -70,7 +70,7 @@ def test_bench_knows_the_baseline_from_the_step(monkeypatch, bench=bench, gm=gen
     assert {row["speedup_over_baseline"] for row in result.values()} == {2}
 
 
-def test_share_of_the_peak_by_hand(bench=bench, gm=genie_mini):
+def test_share_of_the_peak_by_hand(gm=genie_mini):
     """Failing means that bench compares a speed with the peak of another round, or counts other
     float operations than its matrix product has."""
     product, its_flops = bench.matrix_product(torch.float32, torch.device("cpu"))
@@ -92,7 +92,7 @@ def test_saved_bytes(gm=genie_mini):
 # --- training -------------------------------------------------------------------------------
 
 
-def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
+def test_motion_of_a_button(gm=genie_mini):
     """Failing means that the arrow of a button points elsewhere than it moves things, or that the
     arrow keys press other buttons than those which move things their way."""
     genie = tiny_genie(gm)
@@ -112,7 +112,7 @@ def test_motion_of_a_button(window_module=window_module, gm=genie_mini):
         (-4, 0), (4, 0), (0, -3), (0, 3)] and moves[keys[" "]] == (0, 0)
 
 
-def test_a_sketch_is_what_one_pass_gives(window_module=window_module, gm=genie_mini):
+def test_a_sketch_is_what_one_pass_gives(gm=genie_mini):
     """Failing means that the small pictures under the game show another past or another button than
     is played, or that to look at them changes the game."""
     genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1, dyn_frames=16)
@@ -133,7 +133,7 @@ def test_a_sketch_is_what_one_pass_gives(window_module=window_module, gm=genie_m
     assert len(calls) == 1
 
 
-def test_a_long_dream_is_judged_frame_by_frame(demo_file, dreams=dreams, gm=genie_mini):
+def test_a_long_dream_is_judged_frame_by_frame(demo_file, gm=genie_mini):
     """Failing means that one_hero or walls_kept is not the share that it says.
 
     The "dream" repeats the first frame for ever; then it loses the hero in a quarter of the frames,
@@ -164,7 +164,7 @@ def test_a_long_dream_is_judged_frame_by_frame(demo_file, dreams=dreams, gm=geni
     assert set(dreams.evaluate_world(genie, data, np.arange(3)).values()) == {None}
 
 
-def test_ball_is_judged_where_the_game_has_it(ball_file, dreams=dreams, gm=genie_mini):
+def test_ball_is_judged_where_the_game_has_it(ball_file, gm=genie_mini):
     """Failing means that ball_on_course is not the share that it says, or that the dream does not
     begin after 4 real frames and take the clip's own actions from there.
 
@@ -388,28 +388,6 @@ def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
     assert refused > 3 * cases
 
 
-CHECKPOINT_BUGS = [
-    ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
-     test_bad_checkpoint, {"kind": "NaN"}),
-    ("a checkpoint's weights not compared", "outlines(wanted) !=", "None ==",
-     test_bad_checkpoint, {"kind": "other type"}),
-    ("checksums not looked at", 'about["checksum"] != checksum(tensors)', "False",
-     test_bad_checkpoint, {"kind": "bit of a weight"}),
-    ("two runs in one folder", "not in (None, saved)", "is None",
-     test_two_runs_do_not_share_a_folder, {}),
-    ("a log row without end", "abs(v) < 1e300", "True", test_bad_checkpoint,
-     {"kind": "endless row"}),
-    ("a stage that there is not", '<= about["stage"] <= len(STAGES)', '<= about["stage"]',
-     test_bad_checkpoint, {"kind": "stage"}),
-    ("the optimizer's state not compared", "for i, m in moments.items())\n\n\ndef check",
-     "for i, m in ())\n\n\ndef check", test_a_wrong_optimizer_state_is_refused,
-     {"change": lambda state: state.update({99: state[0]})}),
-    ("checkpoint written in place",
-     "with files.written_whole(path, keep=previous(path)) as file:",
-     'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
-]
-
-
 EXTRAS_BUGS = [
     ("a dream without a hero passes", "(n == 1).float()", "(n <= 1).float()",
      test_a_long_dream_is_judged_frame_by_frame, {}),
@@ -432,6 +410,24 @@ EXTRAS_BUGS = [
      test_genie_mini.test_a_killed_run_is_kept_and_swept, {}),
     ("fused attention costs nothing", "        written_out(work)\n    return",
      "        work()\n    return", test_float_operations_are_counted, {}),
+    ("NaN weights accepted", "torch.isfinite(t).all() for t in", "True for t in",
+     test_bad_checkpoint, {"kind": "NaN"}),
+    ("a checkpoint's weights not compared", "outlines(wanted) !=", "None ==",
+     test_bad_checkpoint, {"kind": "other type"}),
+    ("checksums not looked at", 'about["checksum"] != checksum(tensors)', "False",
+     test_bad_checkpoint, {"kind": "bit of a weight"}),
+    ("two runs in one folder", "not in (None, saved)", "is None",
+     test_two_runs_do_not_share_a_folder, {}),
+    ("a log row without end", "abs(v) < 1e300", "True", test_bad_checkpoint,
+     {"kind": "endless row"}),
+    ("a stage that there is not", '<= about["stage"] <= len(STAGES)', '<= about["stage"]',
+     test_bad_checkpoint, {"kind": "stage"}),
+    ("the optimizer's state not compared", "for i, m in moments.items())\n\n\ndef check",
+     "for i, m in ())\n\n\ndef check", test_a_wrong_optimizer_state_is_refused,
+     {"change": lambda state: state.update({99: state[0]})}),
+    ("checkpoint written in place",
+     "with files.written_whole(path, keep=previous(path)) as file:",
+     'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
 ]
 
 
@@ -463,20 +459,14 @@ def test_cost_grows_with_frames():
 
 @pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in EXTRAS_BUGS],
                          ids=[bug[0] for bug in EXTRAS_BUGS])
-def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request):
+def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request, monkeypatch):
     """Failing means that a bug like this one in extras/ would pass all tests."""
     modules = {"bench": bench, "window_module": window_module, "dreams": dreams,
-               "command_line": command_line}
-    broken = {name: mutant(old, new, modules[name]) for name in inspect.signature(test).parameters
-              if name in modules}
-    must_fail(test, request, **arguments, **broken)
-
-
-@pytest.mark.parametrize("old, new, test, arguments", [bug[1:] for bug in CHECKPOINT_BUGS],
-                         ids=[bug[0] for bug in CHECKPOINT_BUGS])
-def test_planted_bug_in_the_checkpoints_is_caught(old, new, test, arguments, request, monkeypatch):
-    """Failing means that a bug like this one in extras/checkpoints.py would pass all tests."""
-    broken = mutant(old, new, checkpoints)
-    monkeypatch.setitem(globals(), "checkpoints", broken)
-    monkeypatch.setitem(sys.modules, "extras.checkpoints", broken)
+               "command_line": command_line, "checkpoints": checkpoints}
+    name = next(name for name, module in modules.items() if old in inspect.getsource(module))
+    broken = mutant(old, new, modules[name])
+    monkeypatch.setitem(globals(), name, broken)
+    monkeypatch.setitem(sys.modules, modules[name].__name__, broken)
+    if name in inspect.signature(test).parameters:
+        arguments = {**arguments, name: broken}
     must_fail(test, request, **arguments)
