@@ -103,7 +103,7 @@ def test_texts_name_what_exists(name, text, own):
     code = own + "".join(path.read_text("utf-8") for folder in (".", "extras", "notebooks")
                          for path in (ROOT / folder).glob("*.py"))
     figures = json.loads((ROOT / "assets" / "demo.json").read_text("utf-8"))
-    for quoted in re.findall("`([^`\n]+)`", re.sub("```.*?```", "", text, flags=re.DOTALL)):
+    for quoted in re.findall("`([^`]+)`", re.sub("```.*?```", "", text, flags=re.DOTALL)):
         for word in re.findall(r"(?<![\w./])[A-Za-z_][\w.]*\w", quoted):
             first, *rest = word.split(".")
             if isinstance(getattr(genie_mini, first, None), type) and rest:
