@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from extras import files, ranks
 from extras.files import UserError
-from extras.runlog import COLUMNS, RunLog
+from extras.runlog import COLUMNS, RunLog, troubles
 
 CHECKPOINT = "checkpoint.safetensors"
 VERSION = 5                     # of its format
@@ -466,6 +466,13 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("steps", torch.tensor(0))                  # updates so far
         self.register_buffer("started", torch.tensor(False))            # codebook in use?
         self.seen = []                                  # (z, indices) of this step's micro-batches
+        self.due = 0                                    # the step at which a code may next be dead
+
+    def _apply(self, fn, recurse=True):
+        """To a device: all but the two numbers that each step asks for, or it would wait there."""
+        stay = {"steps": self.steps, "started": self.started}
+        super()._apply(fn, recurse)._buffers.update(stay)
+        return self
 
     def squared_distances(self, z):
         """||z - code||^2 of every pair: z (M, L) -> (M, K), never below 0."""
@@ -516,12 +523,14 @@ class VectorQuantizer(nn.Module):
         count, total = self.totals(z, indices)                          # (K,), (K, L)
         self.ema_count.mul_(self.decay).add_(count, alpha=1 - self.decay)
         self.ema_sum.mul_(self.decay).add_(total, alpha=1 - self.decay)
-        moved = count > 0                                               # (K,)
-        self.codebook[moved] = self.ema_sum[moved] / self.ema_count[moved, None]
+        moved, mean = count > 0, self.ema_sum / self.ema_count[:, None]     # (K,), (K, L)
+        self.codebook.copy_(torch.where(moved[:, None], mean, self.codebook))
         self.idle.add_(1)[moved] = 0
-        dead = (self.idle >= self.dead_after).nonzero()[:, 0]
-        if len(dead):
-            self.reseed(self.sample(z, generator), dead, generator)
+        if self.steps >= self.due:                                      # look only when it can be
+            dead = (self.idle >= self.dead_after).nonzero()[:, 0]
+            if len(dead):
+                self.reseed(self.sample(z, generator), dead, generator)
+            self.due = self.steps.item() + self.dead_after - self.idle.max().item()
 
     def totals(self, z, indices):
         """How many of the vectors z (M, L) chose each code, (K,), and their sum, (K, L)."""
@@ -560,7 +569,7 @@ class VectorQuantizer(nn.Module):
             distance = (z[:, None] - self.codebook).pow(2).sum(2).min(dim=1).values     # (M,)
             distance[distance < 1e-6 * z.pow(2).sum(1) + self.negligible()] = 0
             weight = distance.cpu().double()
-            if weight.sum() == 0:
+            if not 0 < weight.sum() < math.inf:                         # none, or NaN
                 return
             pick = torch.multinomial(weight, 1, generator=generator).to(z.device)
             self.codebook[code] = z[pick[0]]
@@ -661,7 +670,9 @@ class LatentActionModel(nn.Module):
         """
         x = pixels(frames)
         if shifts is not None:
-            x = torch.stack([clip.roll(by, (1, 2)) for clip, by in zip(x, shifts.tolist())])
+            take = (torch.arange(SIZE, device=x.device) - shifts[..., None]) % SIZE     # (B, 2, H)
+            x = x.gather(2, take[:, :1, :, None].expand_as(x))          # rows, then columns
+            x = x.gather(3, take[:, 1:, None].expand_as(x))
         if self.view == "frames":                                       # as in the paper
             x, _ = self.encoder(self.embed(patchify(x, self.patch)))    # (B, T, N, D)
             return self.quantizer(self.to_latent(x[:, 1:].mean(dim=2)))     # at t+1 it has seen t+1
@@ -699,7 +710,8 @@ CONFIDENT = 0.99                # mask_schedule adaptive: a guess of this probab
 
 def gumbel(shape, generator):
     """Gumbel(0, 1) noise: argmax(logits + noise) is a sample from softmax(logits)."""
-    return -(-torch.rand(shape, generator=generator).clamp_min(1e-9).log()).log()
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    return -(-uniform.clamp_min(1e-9).log()).log()
 
 
 class DynamicsModel(nn.Module):
@@ -757,7 +769,8 @@ class DynamicsModel(nn.Module):
                          torch.cat([torch.zeros_like(masked), masked], dim=1),
                          torch.cat([F.pad(actions[:, :-1], (0, 0, 1, 0)), actions], dim=1),
                          layout=self.twice(T, tokens.device))
-        loss = F.cross_entropy(logits[:, T - 1:][masked], tokens[:, 1:][masked], reduction="sum")
+        target = tokens[:, 1:].masked_fill(~masked, -100)               # -100: passed over
+        loss = F.cross_entropy(logits[:, T - 1:].flatten(0, 2), target.flatten(), reduction="sum")
         # By the expected number of masked tokens, not by the number drawn: so the losses of
         # micro-batches average to that of the whole batch.
         return loss / ((1 + self.mask_min) / 2 * masked.numel())
@@ -780,9 +793,12 @@ class DynamicsModel(nn.Module):
         B, N = len(action), self.tokens_per_frame
         tokens = torch.zeros(B, 1, N, dtype=torch.long, device=action.device)
         masked = torch.ones_like(tokens, dtype=torch.bool)
+        if action.device.type != "cpu":                                 # it draws for itself
+            seed = torch.randint(2 ** 31, (1,), generator=generator).item()
+            generator = torch.Generator(action.device).manual_seed(seed)
         for step in range(c.maskgit_steps):
             logits, _ = self(tokens, masked, action[:, None], past)     # (B, 1, N, K)
-            noise = gumbel(logits.shape, generator).to(logits.device)
+            noise = gumbel(logits.shape, generator)
             guess = (logits + c.temperature * noise).argmax(dim=-1)     # (B, 1, N)
             confidence = logits.log_softmax(-1).gather(-1, guess[..., None])[..., 0]
             commit = self.to_commit(confidence, masked, (step + 1) / c.maskgit_steps, c, generator)
@@ -799,7 +815,7 @@ class DynamicsModel(nn.Module):
         section 3.2). adaptive: all that are surer than CONFIDENT, and of the doubtful ones a single
         one, for the others to go by. Either way the last pass commits what is left.
         """
-        noise = gumbel(confidence.shape, generator).to(confidence.device)
+        noise = gumbel(confidence.shape, generator)
         order = confidence + c.order_noise * (1 - progress) * noise
         if c.mask_schedule == "adaptive" and progress < 1:
             confident = confidence > math.log(CONFIDENT)
@@ -973,17 +989,18 @@ def quiet_level(data):
 
 
 def world_noise(genie, frames, quiet, generator):
-    """What is random in a stage-2 step: shifts (B, 2), source (B, T-1), masked (B, T-1, N).
+    """What is random in a stage-2 step: shifts (B, 2), source (B, T-1), luck (B, num_actions),
+    masked (B, T-1, N).
 
     Drawn at once for the whole batch, so that cutting it into micro-batches changes none of them.
     Shifts go by whole patches of the tokenizer: rolled by any number of pixels, the LAM's patches
     look 64 ways instead of 4, and when its codebook starts it cannot name the actions yet.
-    Source says where the dynamics takes each step's action from: t is step t of the clip, T-1+k is
-    code k. Most take their own. But a hero that is blocked stays, so the LAM calls a press against
-    a wall "nothing", and a press that is blocked is never seen. So where quiet steps begin, in
-    which at most `quiet` pixels change, the first often takes the action of the step before, as if
-    the button had been held on to; or any code, as often as it occurs, if none is known. Not the
-    others: who rests would then be taken to go on resting, whatever is pressed.
+    Source says where the dynamics takes each step's action from: t is step t of the clip, T-1 the
+    code that luck picks. Most take their own. But a hero that is blocked stays, so the LAM calls a
+    press against a wall "nothing", and a press that is blocked is never seen. So where quiet steps
+    begin, in which at most `quiet` pixels change, the first often takes the action of the step
+    before, as if the button had been held on to; or any code, as often as it occurs, if none is
+    known. Not the others: who rests would then be taken to go on resting, whatever is pressed.
     """
     c, (B, T) = genie.config, frames.shape[:2]
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
@@ -991,21 +1008,22 @@ def world_noise(genie, frames, quiet, generator):
     still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
     begins = still.int().diff(dim=1, prepend=torch.zeros(B, 1, dtype=torch.int)) > 0
     own = torch.arange(T - 1).expand(B, T - 1)
-    other = own - 1                                                     # the step before
-    usual = genie.lam.quantizer.ema_count.cpu()                         # (num_actions,)
-    other[:, 0] = T - 1 + torch.multinomial(usual, B, replacement=True, generator=generator)
+    other = (own - 1) % T                                               # the step before; or luck
+    luck = torch.empty(B, c.num_actions).exponential_(generator=generator)
     take = begins & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
     take &= bool(genie.lam.quantizer.started)                           # before that, no codes
-    return shifts, torch.where(take, other, own), genie.dynamics.random_mask(B, T - 1, generator)
+    masked = genie.dynamics.random_mask(B, T - 1, generator)
+    return shifts, torch.where(take, other, own), luck, masked
 
 
-def world_losses(genie, frames, tokens, shifts, source, masked):
+def world_losses(genie, frames, tokens, shifts, source, luck, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
     logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
-    # Stop-gradient: the dynamics takes the actions as they are, each from its source.
-    codes = genie.lam.quantizer.codebook.expand(len(actions), -1, -1)   # (B, num_actions, L)
-    choices = torch.cat([actions.detach(), codes], dim=1)               # (B, T-1+num_actions, L)
+    # Stop-gradient: the dynamics takes the actions as they are, each from its source. Of waiting
+    # times at rates p, the shortest is code k's with a probability in proportion to p[k].
+    usual = (genie.lam.quantizer.ema_count / luck).argmax(1, keepdim=True)      # (B, 1)
+    choices = torch.cat([actions.detach(), genie.lam.quantizer.codebook[usual]], dim=1)
     actions = choices.gather(1, source[..., None].expand_as(actions))   # (B, T-1, L)
     dynamics = genie.dynamics.loss(tokens, actions, masked)
     numbers = {"pixel_loss": pixel, "commitment": commitment, "dynamics_loss": dynamics}
@@ -1093,16 +1111,17 @@ class Trainer:
         """The loop of one stage: step, log, now and then validate and save. True if stopped."""
         began, first, stop = time.monotonic(), self.step, ranks.largest(self.stop, self.device)
         while self.step < self.total and not stop:
-            row = {"stage": STAGES[self.stage], "step": self.step + 1, **self.optimizer_step()}
-            self.step += 1
+            step = self.step + 1
+            validating = step % self.c.val_every == 0 or step == self.total
+            logging = validating or step % self.LOG_EVERY == 0 or step == 5
+            row = {"stage": STAGES[self.stage], "step": step, **self.optimizer_step(logging)}
+            self.step = step
             stop = ranks.largest(self.stop, self.device)
             if ranks.RANK > 0:
                 continue                                 # rank 0 validates, logs and saves
-            last = self.step == self.total
-            validating = self.step % self.c.val_every == 0 or last
             if validating:
                 row.update(self.validate())
-            if validating or self.step % self.LOG_EVERY == 0 or self.step == 5:
+            if logging:
                 self.log.add(row, self.total, self.c.batch,
                              (time.monotonic() - began) / (self.step - first))
             if validating:
@@ -1117,23 +1136,26 @@ class Trainer:
         """
         c, share = self.c, self.c.batch // ranks.RANKS
         length = (CLIP, c.dyn_frames)[self.stage]
-        self.picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
-        frames = self.train_set.frames(self.picks, first, length)       # (batch, T, H, W)
+        picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
+        frames = self.train_set.frames(picks, first, length)       # (batch, T, H, W)
         mine = slice(ranks.RANK * share, (ranks.RANK + 1) * share)
         inputs = [frames[mine]]
         if self.stage == 1:
             noise = world_noise(self.genie, frames, self.quiet, generator)
-            tokens = self.tokens_of(self.picks[mine])[:, first:first + length]      # (B, T, N)
+            tokens = self.tokens_of(picks[mine])[:, first:first + length]      # (B, T, N)
             inputs += [tokens.long(), *(whole[mine] for whole in noise)]
         return list(zip(*(t.split(self.micro) for t in inputs)))
 
     def forward(self, part):
         """The losses of one micro-batch, in the precision that suits the device."""
+        if self.device.type == "cuda":                   # which copies pinned memory by itself
+            part = [t.pin_memory() for t in part]
         with autocast(self.c.precision, self.device):
-            return self.losses(self.genie, *(t.to(self.device) for t in part))
+            return self.losses(self.genie, *(t.to(self.device, non_blocking=True) for t in part))
 
-    def optimizer_step(self):
-        """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log."""
+    def optimizer_step(self, log=True):
+        """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log, if
+        asked for: to look at a number is to wait until a GPU has done all before it."""
         c, quantizer = self.c, self.models[0].quantizer  # the tokenizer's, or the LAM's
         learning = [m for m, steps in zip(self.models, self.totals) if self.step < steps]
         for model in self.models:
@@ -1148,30 +1170,30 @@ class Trainer:
                 numbers[name] = numbers.get(name, 0.0) + value.detach() * share
         ranks.sum_over([p.grad for m in learning for p in m.parameters()]
                        + list(numbers.values()))
-        numbers = {name: value.item() for name, value in numbers.items()}
-        norms = [nn.utils.clip_grad_norm_(m.parameters(), 1.0).item() for m in learning]
-        self.check_health(sum(numbers.values()), sum(norms))
+        norms = [nn.utils.clip_grad_norm_(m.parameters(), 1.0) for m in learning]
         for group, total in zip(self.optimizer.param_groups, self.totals):
             group["lr"] = lr = learning_rate(self.step, total, c)
+        if log:
+            numbers, norms = {n: v.item() for n, v in numbers.items()}, [n.item() for n in norms]
+            self.check_health(sum(numbers.values()), sum(norms))
+            numbers = {"lr": lr, "grad_norm": max(norms), **numbers}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if quantizer.started:
-            codes = ranks.gather(torch.cat(codes))
+        codes = ranks.gather(torch.cat(codes))
+        if log and quantizer.started:
             numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         if quantizer.training:
             quantizer.seen = [[ranks.gather(torch.cat(x)) for x in zip(*quantizer.seen)]]
             quantizer.update(generator, lambda: ranks.of_rank_0(self.latents()))
-        return {"lr": lr, "grad_norm": max(norms), **numbers}
+        return numbers if log else {}
 
     def check_health(self, loss, norm):
-        """Raise UserError, before any weight moves, if this step's numbers have run away.
-
-        A healthy loss is a few nats; NaN fails both comparisons."""
+        """Raise UserError if a step's numbers have run away. A healthy loss is a few nats; NaN
+        fails both comparisons."""
         if not (loss < self.EXPLODED and norm < math.inf):
             raise UserError(
-                f"training broke down at step {self.step + 1} of stage {STAGES[self.stage]}: loss"
-                f" {loss:.4g}, gradient norm {norm:.4g}, on the training sequences"
-                f" {', '.join(map(str, self.picks))}; try a lower --lr, a longer --warmup or"
+                f"training broke down by step {self.step + 1} of stage {STAGES[self.stage]}: loss"
+                f" {loss:.4g}, gradient norm {norm:.4g}; try a lower --lr, a longer --warmup or"
                 f" --precision float32 with another --out ({self.out} keeps its last good"
                 " checkpoint)")
 
@@ -1217,8 +1239,7 @@ class Trainer:
         ignores its buttons."""
         def work(x, i):
             x = x[:, :self.c.dyn_frames]
-            masked = self.genie.dynamics.random_mask(len(x), x.shape[1] - 1, seeded(i))
-            masked = masked.to(self.device)
+            masked = self.genie.dynamics.random_mask(*x[:, 1:].shape[:2], seeded(i)).to(x.device)
             tokens, actions = self.genie.tokenizer.encode(x)[1], self.genie.lam.encode(x)[0]
             return [self.genie.dynamics.loss(tokens, a, masked)[None]
                     for a in (actions, actions.roll(1, 0))]
@@ -1257,28 +1278,6 @@ class Trainer:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
-def troubles(result, stage, progress):
-    """Sentences about what has gone wrong in a validation result, usually none. progress: the share
-    of the stage that is done. Early on, all of them are normal."""
-    if stage == 0:
-        if result["codes_used"] <= 4:
-            yield (f"THE CODEBOOK HAS COLLAPSED: {result['codes_used']} codes in use. Give the"
-                   " encoder longer before the codebook starts: --tok_unquantized 300")
-        return
-    if result["perplexity"] < 1.5:
-        yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
-               " steps get one code. If it lasts, let the LAM learn longer before its codebook"
-               " starts (--lam_steps, --lam_unquantized), or lower --lr")
-    if result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
-        yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
-               f" against {result['copy_wrong_pixels']:.1f}. If it lasts, train longer, or raise"
-               " --lr")
-    if progress >= 0.1 and result["action_ratio"] < 1.1:
-        yield (f"THE BUTTONS DO NOTHING: with another clip's actions the dynamics loses"
-               f" {result['action_ratio']:.2f} times as much. If it lasts, the codes name no"
-               " actions (more --lam_steps), or too little moves")
-
-
 # --------------------------------------------------------------------------------------------------
 # 11  Evaluation
 #
@@ -1293,8 +1292,9 @@ def troubles(result, stage, progress):
 def over_batches(genie, data, indices, work, size=32):
     """work(x, i) on each batch x (B, 16, 64, 64) of the sequences; its tensors joined over all."""
     parts = []
-    for i in range(0, len(indices), size):
-        parts.append(work(data.frames(indices[i:i + size]).to(genie.device), i))
+    with autocast(genie.config.precision, genie.device):
+        for i in range(0, len(indices), size):
+            parts.append(work(data.frames(indices[i:i + size]).to(genie.device), i))
     return [torch.cat(tensors).cpu() for tensors in zip(*parts)]
 
 

@@ -1084,24 +1084,28 @@ def test_action_noise(noise, gm=genie_mini):
         tokens, actions, *rest)
     frames = random_frames(200, 3)[:, [0, 0, 1, 1, 1, 2]]               # steps 0, 2 and 3 are quiet
     tokens = genie.tokenizer.encode(frames)[1]
-    shifts, source, masked = gm.world_noise(genie, frames, 0, gm.seeded(0))
+    shifts, source, luck, masked = gm.world_noise(genie, frames, 0, gm.seeded(0))
     assert source.shape == (200, 5) and (source[:, [1, 3, 4]] == torch.tensor([1, 3, 4])).all()
     for step in (0, 2):
         changed = (source[:, step] != step).float().mean().item()
         assert changed == pytest.approx(noise, abs=0.08), step
         assert step == 0 or set(source[:, step].tolist()) <= {1, step}, "held on to"
-    codes = source[:, 0][source[:, 0] != 0] - 5
-    assert noise == 0 or set(codes.tolist()) == set(range(8)), "any button"
-    genie.lam.quantizer.ema_count[:] = torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])
-    usual = gm.world_noise(genie, frames, 0, gm.seeded(1))[1][:, 0]
-    assert set(usual.unique().tolist()) <= {0, 5, 6}, "no code that is not in use"
-    assert noise == 0 or 1.8 < (usual == 5).sum() / (usual == 6).sum() < 5, "as often as in use"
     with torch.no_grad():
-        gm.world_losses(genie, frames, tokens, shifts, source, masked)
         inferred = genie.lam.encode(frames, shifts)[0]                  # (200, 5, L)
+        for count in (torch.ones(8), torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])):
+            genie.lam.quantizer.ema_count[:] = count
+            gm.world_losses(genie, frames, tokens, shifts, source, luck, masked)
     for clip in range(200):
-        choices = torch.cat([inferred[clip], genie.lam.quantizer.codebook])
-        assert close(given[0][clip], choices[source[clip]])
+        own = source[clip] < 5
+        assert close(given[0][clip][own], inferred[clip][source[clip][own]])
+    anything = source[:, 0] == 5
+    even, usual = ((a[anything, 0][:, None] - genie.lam.quantizer.codebook).abs().amax(-1)
+                   for a in given)                                      # (clips, 8)
+    assert noise == 0 or even.min(1).values.max() < 1e-5, "a code"
+    assert noise == 0 or set(even.argmin(1).tolist()) == set(range(8)), "any button"
+    assert set(usual.argmin(1).tolist()) <= {0, 1}, "no code that is not in use"
+    often = usual.argmin(1).bincount(minlength=2)
+    assert noise == 0 or 1.8 < often[0] / often[1] < 5, "as often as in use"
     genie.lam.quantizer.started.fill_(False)
     source = gm.world_noise(genie, frames, 0, gm.seeded(0))[1]
     assert (source == torch.arange(5)).all(), "before the codebook starts there are no codes"
@@ -1243,12 +1247,12 @@ def run_of(gm, data, out, interrupt=None, how="stop"):
     trainer = tiny_trainer(gm, data, out, **TINY_RUN)
     one_step = trainer.optimizer_step
 
-    def interrupted_step():
+    def interrupted_step(log):
         if (trainer.stage, trainer.step + 1) == interrupt:
             trainer.stop = True                                         # as Ctrl-C does
             if how == "crash":
                 raise Killed
-        return one_step()
+        return one_step(log)
 
     trainer.optimizer_step = interrupted_step
     try:
@@ -1355,10 +1359,10 @@ sys.path.insert(0, {folder!r})
 import genie_mini
 genie_mini.VectorQuantizer.__init__.__defaults__ = (0.99, 1, 0.25, 0, 0.0)   # dead after a step
 step = genie_mini.Trainer.optimizer_step
-def interrupted(trainer):
+def interrupted(trainer, log):
     if os.environ["RANK"] == "1" and (trainer.stage, trainer.step) == (1, 1):
         trainer.stop = True                                             # as Ctrl-C does
-    return step(trainer)
+    return step(trainer, log)
 genie_mini.Trainer.optimizer_step = interrupted
 sys.exit(genie_mini.main(sys.argv[1:]))
 """
@@ -1382,7 +1386,7 @@ def test_two_processes_train_as_one(demo_file, tmp_path, monkeypatch):
     assert whole.run()
     trainer = tiny_trainer(genie_mini, demo_file, tmp_path / "two", **changes)
     step = trainer.optimizer_step
-    trainer.optimizer_step = lambda: setattr(trainer, "stop", trainer.step == 2) or step()
+    trainer.optimizer_step = lambda log: setattr(trainer, "stop", trainer.step == 2) or step(log)
     assert not trainer.run()
 
     script = tmp_path / "rank.py"
@@ -1442,8 +1446,7 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     trainer.save()
     good = (tmp_path / "checkpoint.safetensors").read_bytes()
     for loss, norm in ((math.nan, 1.0), (2000.0, 1.0), (1.0, math.inf), (1.0, math.nan)):
-        with pytest.raises(gm.UserError, match="broke down at step 1 of stage tokenizer"):
-            trainer.picks = [3, 4]
+        with pytest.raises(gm.UserError, match="broke down by step 1 of stage tokenizer"):
             trainer.check_health(loss, norm)
     losses, weight = trainer.losses, trainer.genie.tokenizer.embed.weight
     trainer.losses = lambda *batch: tuple(                              # a slope without end
@@ -1454,7 +1457,7 @@ def test_diverging_training_says_so(demo_file, tmp_path, gm=genie_mini):
     before = weights_of(trainer.genie)
     with torch.no_grad():
         trainer.genie.tokenizer.embed.weight.fill_(math.nan)
-    with pytest.raises(gm.UserError, match=r"loss nan, .* sequences (\d+, ){7}\d+;"):
+    with pytest.raises(gm.UserError, match="loss nan"):
         trainer.optimizer_step()
     after = weights_of(trainer.genie)
     assert all((before[n] == after[n]).all() for n in before if n != "tokenizer.embed.weight")
@@ -1503,10 +1506,10 @@ GOOD = dict(codes_used=30, perplexity=6, wrong_pixels=1, copy_wrong_pixels=80, a
     (0, 0.5, {}, []), (0, 0.5, {"codes_used": 4}, ["CODEBOOK"]), (1, 0.5, {}, []),
     (1, 0.5, {"perplexity": 1.4}, ["ACTIONS"]), (1, 0.5, {"wrong_pixels": 79}, ["LAM"]),
     (1, 0.1, {"action_ratio": 1.05}, ["BUTTONS"]), (1, 0.09, {"action_ratio": 1.05}, [])])
-def test_troubles_are_told(stage, progress, bad, told, gm=genie_mini):
+def test_troubles_are_told(stage, progress, bad, told, runlog=runlog):
     """Failing means that hours of training go by before somebody hears that the codes collapsed or
     that the buttons do nothing, or that a healthy run is called sick."""
-    found = list(gm.troubles({**GOOD, **bad}, stage, progress))
+    found = list(runlog.troubles({**GOOD, **bad}, stage, progress))
     assert [text.split()[1] for text in found] == told
     assert all("\n" not in text for text in found)
 
@@ -1718,7 +1721,7 @@ def test_dynamics_is_scored_by_hand(monkeypatch, gm=genie_mini):
 
 
 STRAIGHT = "return z + (code - z).detach(), indices, loss"
-TARGETS = "F.cross_entropy(logits[:, T - 1:][masked], tokens[:, 1:][masked], "
+TARGETS = "tokens[:, 1:].masked_fill(~masked, -100)"
 PICK = "torch.multinomial(weight, 1, generator=generator)"
 
 # What is broken, the piece of source, what replaces it, the test that must fail, its arguments.
@@ -1755,8 +1758,8 @@ BUGS = [
      test_the_tokenizer_has_one_name_for_a_patch, {}),
     ("commitment pulls on nothing", "F.mse_loss(z, code)", "F.mse_loss(z.detach(), code)",
      test_straight_through_gradient, {}),
-    ("codes never updated", "self.ema_sum[moved] / self.ema_count[moved, None]",
-     "self.codebook[moved]", test_codes_follow_a_moving_average, {}),
+    ("codes never updated", "moved[:, None], mean, self.codebook",
+     "moved[:, None], self.codebook, self.codebook", test_codes_follow_a_moving_average, {}),
     ("decay the wrong way round", "self.ema_count.mul_(self.decay).add_(count, alpha=1 -",
      "self.ema_count.mul_(1 - self.decay).add_(count, alpha=2 * self.decay - 1 + 1 -",
      test_codes_follow_a_moving_average, {}),
@@ -1770,8 +1773,9 @@ BUGS = [
      "(self.idle >= self.dead_after - 1)", test_dead_code_is_moved_onto_a_lonely_vector, {}),
     ("re-seeded on any vector", PICK, PICK.replace("weight", "torch.ones_like(weight)"),
      test_dead_code_is_moved_onto_a_lonely_vector, {}),
-    ("live code copied", "if weight.sum() == 0:\n                return",
-     "weight += 1e-9", test_a_copy_of_a_code_is_known_at_any_length, {"length": 1}),
+    ("live code copied", "if not 0 < weight.sum() < math.inf:",
+     "weight += 1e-9\n            if False:",
+     test_a_copy_of_a_code_is_known_at_any_length, {"length": 1}),
     ("codebook starts on one batch", "z if more is None else more()", "z",
      test_codebook_starts_on_the_whole_training_set, {}),
     ("codebook starts on the first vectors", "torch.randperm(len(z), generator=generator)",
@@ -1802,7 +1806,7 @@ BUGS = [
      test_temperature_is_that_of_a_softmax, {"temperature": 2.0}),
     ("always the likeliest token", "c.temperature * noise", "0 * noise",
      test_temperature_is_that_of_a_softmax, {"temperature": 1.0}),
-    ("sampling ignores the seed", "rand(shape, generator=generator)", "rand(shape)",
+    ("sampling ignores the seed", "generator=generator, device", "device",
      test_sampling_follows_the_seed, {}),
     ("tokens decided twice", "scatter(-1, first, True) & masked", "scatter(-1, first, True)",
      test_maskgit_takes_a_token_from_the_pass_that_decides_it,
@@ -1877,13 +1881,12 @@ BUGS = [
      test_dynamics_overfits, {}),
     ("masked tokens in view", "tokens.masked_fill(masked, self.codes)", "tokens",
      test_masked_tokens_are_not_looked_at, {}),
-    ("loss on all tokens", TARGETS,
-     "F.cross_entropy(logits[:, T - 1:].flatten(0, 2), tokens[:, 1:].flatten(), ",
+    ("loss on all tokens", TARGETS, "tokens[:, 1:]",
      test_loss_is_that_of_the_masked_tokens, {}),
-    ("loss on visible tokens", TARGETS, TARGETS.replace("masked", "~masked"),
+    ("loss on visible tokens", TARGETS, TARGETS.replace("~", ""),
      test_loss_is_that_of_the_masked_tokens, {}),
     ("targets taken after masking", TARGETS,
-     "F.cross_entropy(logits[:, T - 1:][masked], tokens[:, 1:].masked_fill(masked, 0)[masked], ",
+     "tokens[:, 1:].masked_fill(masked, 0).masked_fill(~masked, -100)",
      test_loss_is_that_of_the_masked_tokens, {}),
     ("one masking rate for a batch", "torch.rand(B, T, 1, generator=generator)",
      "torch.rand(1, 1, 1, generator=generator)", test_random_mask, {}),
@@ -1987,16 +1990,16 @@ BUGS = [
        test_validation_is_on_the_val_split, {"stage": stage})
       for stage, name in ((0, "evaluate_tokenizer(genie, "), (1, "evaluate_lam(genie, "),
                           (1, "over_batches(self.genie, "))),
-    ("validation masks that change", "1, seeded(i))", "1, seeded(i, self.step))",
+    ("validation masks that change", ":2], seeded(i))", ":2], seeded(i, self.step))",
      test_validation_is_on_the_val_split, {"stage": 1}),
-    ("no stop-gradient", "[actions.detach(), codes]", "[actions, codes]",
+    ("no stop-gradient", "[actions.detach(), genie.lam", "[actions, genie.lam",
      test_gradients_stay_where_they_belong, {}),
     ("tokenizer still training in stage 2", "genie = self.genie.eval()", "genie = self.genie",
      test_stage_2_leaves_the_tokenizer_alone, {}),
-    ("frames of a clip rolled apart", "clip.roll(by, (1, 2))",
-     "torch.stack([f.roll((t + 1) * by[0], 0) for t, f in enumerate(clip)])",
+    ("frames of a clip rolled apart", "take[:, :1, :, None].expand_as(x)",
+     "((take[:, :1] - torch.arange(x.shape[1])[:, None]) % SIZE)[..., None].expand_as(x)",
      test_lam_sees_rolled_clips, {}),
-    ("all clips rolled alike", "shifts.tolist())", "shifts[:1].tolist() * len(x))",
+    ("all clips rolled alike", "- shifts[..., None]", "- shifts[:1, :, None]",
      test_lam_sees_rolled_clips, {}),
     ("rolled in the paper's reading", ' * (c.lam_view == "change")', "",
      test_lam_sees_rolled_clips, {}),
@@ -2056,9 +2059,6 @@ BUGS = [
      test_a_killed_run_is_kept_and_swept, {}),
     ("trouble is told late", "self.stage, self.step / self.total)", "self.stage, 0)",
      test_validation_is_on_the_val_split, {"stage": 1}),
-    ("nobody hears that the buttons do nothing", 'result["action_ratio"] < 1.1', "False",
-     test_troubles_are_told,
-     {"stage": 1, "progress": 0.1, "bad": {"action_ratio": 1.05}, "told": ["BUTTONS"]}),
     ("NaN saved over good weights", "if not finite(self.genie.state_dict().values()):",
      "if False:", test_diverging_training_says_so, {}),
 ]

@@ -43,7 +43,7 @@ def learn(minutes, flags):
     args = command_line.build_parser().parse_args(["train", *words, *flags])
     trainer = bench.stage_trainer(command_line.make_config(args), 1)
     trainer.totals[0] = 0                               # the LAM is done: most steps are such
-    seconds = float(bench.timed(trainer.optimizer_step, repeats=10).mean())
+    seconds = float(bench.timed(lambda: trainer.optimizer_step(False), repeats=10).mean())
     left = 60 * minutes - 400 * seconds - 800 * 1.5 * seconds
     steps = 800 + max(20, int(left / seconds))
     print(f"{seconds:.4f} s a step without the LAM: {steps} steps of stage 2", flush=True)

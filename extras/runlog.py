@@ -42,3 +42,25 @@ class RunLog:
             if str(error) not in self.told:
                 files.warn(f"{error}; training goes on")
             self.told.add(str(error))
+
+
+def troubles(result, stage, progress):
+    """Sentences about what has gone wrong in a validation result, usually none. progress: the share
+    of the stage that is done. Early on, all of them are normal."""
+    if stage == 0:
+        if result["codes_used"] <= 4:
+            yield (f"THE CODEBOOK HAS COLLAPSED: {result['codes_used']} codes in use. Give the"
+                   " encoder longer before the codebook starts: --tok_unquantized 300")
+        return
+    if result["perplexity"] < 1.5:
+        yield (f"THE ACTIONS HAVE COLLAPSED: perplexity {result['perplexity']:.2f}, so nearly all"
+               " steps get one code. If it lasts, let the LAM learn longer before its codebook"
+               " starts (--lam_steps, --lam_unquantized), or lower --lr")
+    if result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
+        yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
+               f" against {result['copy_wrong_pixels']:.1f}. If it lasts, train longer, or raise"
+               " --lr")
+    if progress >= 0.1 and result["action_ratio"] < 1.1:
+        yield (f"THE BUTTONS DO NOTHING: with another clip's actions the dynamics loses"
+               f" {result['action_ratio']:.2f} times as much. If it lasts, the codes name no"
+               " actions (more --lam_steps), or too little moves")

@@ -211,10 +211,10 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
     step, out = genie_mini.Trainer.optimizer_step, tmp_path / "a run"
     newest = out / "checkpoint.safetensors"
 
-    def interrupted(trainer):
+    def interrupted(trainer, log):
         if (trainer.stage, trainer.step) == (1, 2):
             signal.raise_signal(number)
-        return step(trainer)
+        return step(trainer, log)
 
     monkeypatch.setattr(genie_mini.Trainer, "optimizer_step", interrupted)
     monkeypatch.setattr(genie_mini, "evaluate", lambda *_: {})          # slow, and tested elsewhere

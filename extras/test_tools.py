@@ -14,7 +14,7 @@ import torch
 
 import genie_mini
 import test_genie_mini
-from extras import bench, checkpoints, command_line, dreams, files, worlds
+from extras import bench, checkpoints, command_line, dreams, files, runlog, worlds
 from extras import window as window_module
 from extras.testing import (fuzzed, measurements, must_fail, mutant, random_frames, tiny,
                             tiny_genie, tiny_trainer, weights_of)
@@ -406,6 +406,9 @@ EXTRAS_BUGS = [
      test_share_of_the_peak_by_hand, {}),
     ("micro_batch auto takes all", "share * need / free", "need / free",
      test_genie_mini.test_micro_batch_auto, {"stage": 1}),
+    ("nobody hears that the buttons do nothing", 'result["action_ratio"] < 1.1', "False",
+     test_genie_mini.test_troubles_are_told,
+     {"stage": 1, "progress": 0.1, "bad": {"action_ratio": 1.05}, "told": ["BUTTONS"]}),
     ("the checkpoint before protects no run", " or previous(path).exists()", "",
      test_genie_mini.test_a_killed_run_is_kept_and_swept, {}),
     ("fused attention costs nothing", "        written_out(work)\n    return",
@@ -462,7 +465,7 @@ def test_cost_grows_with_frames():
 def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request, monkeypatch):
     """Failing means that a bug like this one in extras/ would pass all tests."""
     modules = {"bench": bench, "window_module": window_module, "dreams": dreams,
-               "command_line": command_line, "checkpoints": checkpoints}
+               "command_line": command_line, "checkpoints": checkpoints, "runlog": runlog}
     name = next(name for name, module in modules.items() if old in inspect.getsource(module))
     broken = mutant(old, new, modules[name])
     monkeypatch.setitem(globals(), name, broken)
