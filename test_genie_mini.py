@@ -972,7 +972,7 @@ def test_micro_batch_auto(demo_file, tmp_path, monkeypatch, stage, bench=bench, 
     one = bench.saved_bytes(lambda: trainer.forward([t[:1] for t in trainer.micro_batches(
         gm.seeded(0))[0]]))
     for sequences, expected in ((3.9, 3), (2.5, 2), (0.5, 1)):          # 8 = 3 + 3 + 2
-        monkeypatch.setattr(bench, "MEMORY_BUDGET", sequences * 1.5 * one)
+        monkeypatch.setattr(bench, "MEMORY_BUDGET", sequences * 1.25 * one)
         parts, trainer = gradients(gm, demo_file, tmp_path, stage, micro_batch=0)
         assert trainer.micro == expected
         assert all(close(a, b, 1e-6) for a, b in zip(whole, parts))

@@ -63,10 +63,15 @@ def test_play_and_evaluation_on_a_gpu(demo_file, gpu, gm=genie_mini):
 
 
 def test_bench_on_a_gpu(gpu, monkeypatch, gm=genie_mini, bench=bench):
-    """Failing means that bench stops with an error on a GPU."""
+    """Failing means that bench stops with an error on a GPU, or that the baseline, which takes
+    twice the memory of our step, is given micro-batches of the same size."""
     monkeypatch.setattr(bench, "matrix_product", lambda *_: (lambda: None, 1))
+    sizes, forward = [], gm.Trainer.forward
+    monkeypatch.setattr(gm.Trainer, "forward", lambda trainer, part: sizes.append(
+        (trainer.c.precision, len(part[0]))) or forward(trainer, part))
     config = tiny(gm, device="cuda", precision="bfloat16", batch=8, micro_batch=8)
     bench.bench_training(config, torch.device("cuda"))
+    assert {size for precision, size in sizes if precision == "float32"} == {2}
     bench.bench_play(config, torch.device("cuda"))
 
 
