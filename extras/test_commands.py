@@ -287,8 +287,12 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
-def test_bench_command(tmp_path, capsys):
-    """Failing means that bench is broken, or that the cache it times is not exact."""
+def test_bench_command(tmp_path, capsys, monkeypatch):
+    """Failing means that bench is broken, or that the cache it times is not exact. (One round, and
+    small products: that it takes long is no part of what is tested.)"""
+    timed, square = bench.timed, torch.randn(512, 512)
+    monkeypatch.setattr(bench, "timed", lambda *works, **_: timed(*works, repeats=1))
+    monkeypatch.setattr(bench, "matrix_product", lambda *_: (lambda: square @ square, 2 ** 28))
     assert main("bench --preset smoke --json", tmp_path / "bench.json") == 0
     result = json.loads((tmp_path / "bench.json").read_text("utf-8"))
     printed = capsys.readouterr().out
@@ -739,17 +743,6 @@ def test_notebook_runs(path):
     fresh = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for old, new in zip(cells_of(path)[1], fresh):
         assert kinds(old) == kinds(new), "".join(old["source"])
-
-
-def test_instructions_name_what_exists():
-    """Failing means that assignments.md sends students to a function that is no longer there."""
-    text = (ROOT / "notebooks" / "assignments.md").read_text("utf-8")
-    code = "".join(path.read_text("utf-8") for folder in (".", "extras", "notebooks")
-                   for path in (ROOT / folder).glob("*.py"))
-    theirs = {"FSQ", "FullAttention"}                                   # for students to write
-    for name in re.findall(r"`([A-Za-z_][\w.]*)", re.sub("```.*?```", "", text, flags=re.DOTALL)):
-        for part in set(name.split(".")) - theirs:
-            assert re.search(rf"\b{part}\b", code), f"`{name}`"
 
 
 def test_a_handout_lacks_the_chosen_functions_alone(tmp_path, monkeypatch, capsys):
