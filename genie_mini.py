@@ -1436,6 +1436,8 @@ def print_table(result):
         for name, value in numbers.items():
             text = f"{value:.3f}" if isinstance(value, float) else str(value)
             print(f"  {part:10} {name:22} {text:>8}")
+    if result["dynamics"]["psnr_inferred"] == psnr(0):
+        files.warn("no pixel is wrong: delta_psnr is only a lower bound; give a larger --count")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1482,8 +1484,7 @@ def train(args):
     result = evaluate(genie, test, c.val_sequences)
     write_json(result, out / "eval.json")
     draw_buttons(genie, test.frames(spread(test, c.val_sequences))[:, 0], out / "buttons.png")
-    count = min(c.val_sequences, len(test))
-    print(f"\non {count} sequences of the test split (also in {out / 'eval.json'}):")
+    print(f"\non at most {c.val_sequences} sequences of the test split ({out / 'eval.json'}):")
     print_table(result)
     print(f"\nLook at rollout.png, buttons.png and losses.png in {out}; then play it:\n"
           f'    python genie_mini.py play --run "{out}"')

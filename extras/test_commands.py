@@ -114,6 +114,8 @@ def test_eval_command(workspace, tmp_path, capsys):
     assert results["test"] != results["val"], "the splits must differ"
     for trained, ours in (("eval.json", "test.json"), ("buttons.png", "test.png")):
         assert (workspace / "run" / trained).read_bytes() == (tmp_path / ours).read_bytes()
+    genie_mini.print_table({"dynamics": {"psnr_inferred": genie_mini.psnr(0.0)}})
+    assert "lower bound" in capsys.readouterr().err
 
 
 def read_gif(path, scale=4):
