@@ -219,7 +219,8 @@ def test_a_stopped_run_goes_on_exactly(workspace, tmp_path, monkeypatch, capsys,
         return step(trainer, log)
 
     monkeypatch.setattr(genie_mini.Trainer, "optimizer_step", interrupted)
-    monkeypatch.setattr(genie_mini, "evaluate", lambda *_: {})          # slow, and tested elsewhere
+    result = {"dynamics": {"psnr_inferred": 9.0}}
+    monkeypatch.setattr(genie_mini, "evaluate", lambda *_: result)      # slow, and tested elsewhere
     monkeypatch.setattr(window_module, "draw_buttons", lambda *_: None)
     assert main(SIX_STEPS, workspace / "walk.npz", "--out", out) == status
     assert f'--resume --out "{out}"' in capsys.readouterr().out
