@@ -242,14 +242,17 @@ def timed_frames(path, container, stream, faults):
     """Yield (time, duration, frame), exact Fractions of a second, times strictly increasing.
 
     A frame without a time stamp is taken to follow its predecessor by 1 / average rate; so is one
-    whose time runs backwards: frames come in order, even of an AVI, whose times are those of
-    decoding. One whose time stands still is skipped. All but the first go into faults, as does a
-    duration of over LONGEST. Raises UserError for a gap of over LONGEST.
+    whose time runs backwards, or jumps ahead of the next: frames come in order, even of an AVI,
+    whose times are those of decoding. One whose time stands still is skipped. All but the first go
+    into faults, as does a duration of over LONGEST. Raises UserError for a gap of over LONGEST.
     """
     period = min(1 / Fraction(stream.average_rate or SOURCE_FPS), LONGEST)
     last = stamp = None
-    for frame in decoded_frames(container, stream, faults):
+    for frame, following in films.with_next(decoded_frames(container, stream, faults)):
         before, stamp = stamp, frame.pts
+        if None not in (before, stamp, following) and before < following < stamp:
+            faults["frame(s) whose time jumps ahead: placed by the frame rate"] += 1
+            stamp = None
         if stamp is not None and stamp == before:
             faults["frame(s) whose time stands still skipped"] += 1
             continue

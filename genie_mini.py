@@ -1089,7 +1089,8 @@ class Trainer:
         size = self.encoded_at_once
         for i in {pick - pick % size for pick in picks if not self.encoded[pick]}:
             x = self.train_set.frames(slice(i, i + size)).to(self.device)   # (size, 16, 64, 64)
-            self.tokens[i:i + size] = self.genie.tokenizer.encode(x)[1]
+            with autocast(self.c.precision, self.device):
+                self.tokens[i:i + size] = self.genie.tokenizer.encode(x)[1]
             self.encoded[i:i + size] = True
         return self.tokens[picks]
 
@@ -1148,10 +1149,10 @@ class Trainer:
 
     def forward(self, part):
         """The losses of one micro-batch, in the precision that suits the device."""
-        if self.device.type == "cuda":                   # which copies pinned memory by itself
-            part = [t.pin_memory() for t in part]
+        cuda = self.device.type == "cuda"                # which copies pinned memory by itself
+        part = [t.pin_memory() for t in part] if cuda else part
         with autocast(self.c.precision, self.device):
-            return self.losses(self.genie, *(t.to(self.device, non_blocking=True) for t in part))
+            return self.losses(self.genie, *(t.to(self.device, non_blocking=cuda) for t in part))
 
     def optimizer_step(self, log=True):
         """One optimizer step on c.batch sequences, in micro-batches. Returns numbers to log, if
@@ -1179,8 +1180,8 @@ class Trainer:
             numbers = {"lr": lr, "grad_norm": max(norms), **numbers}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        codes = ranks.gather(torch.cat(codes))
         if log and quantizer.started:
+            codes = ranks.gather(torch.cat(codes))
             numbers["codes_used"], numbers["perplexity"] = code_use(codes, len(quantizer.codebook))
         if quantizer.training:
             quantizer.seen = [[ranks.gather(torch.cat(x)) for x in zip(*quantizer.seen)]]
@@ -1366,7 +1367,8 @@ def evaluate_lam(genie, data, indices):
 
 
 def psnr(wrong_pixels):
-    """Peak signal-to-noise ratio in dB of binary frames; their MSE is the share of wrong pixels."""
+    """Peak signal-to-noise ratio in dB of binary frames; their MSE is the share of wrong pixels.
+    None wrong counts as a thousandth of one: 66 dB."""
     return -10 * math.log10(max(wrong_pixels, 1e-3) / SIZE ** 2)
 
 

@@ -1,12 +1,19 @@
 """What few films need: a ground for what is transparent, and both of two frames that alternate."""
 
 import contextlib
+import functools
 import itertools
 from collections import Counter
 
 import numpy as np
 
 from extras.files import warn
+
+
+@functools.cache
+def tell_once(path):
+    """That what is clear stays unseen: once, though a film is opened more than once."""
+    warn(f"{path}: what is transparent cannot be read here; save the film as .mov or .gif")
 
 
 def decoder(stream):
@@ -17,7 +24,7 @@ def decoder(stream):
         try:
             return av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.name], "r")
         except (KeyError, ValueError):                  # another codec, or a PyAV without libvpx
-            warn("what is transparent cannot be read here; save the film as .mov or .gif")
+            tell_once(stream.container.name)
     return stream
 
 
@@ -84,6 +91,16 @@ def look_over(path, container, stream, decoded_frames, places=12):
     if merge:
         print(f"{path}: things are drawn on every other frame only: two frames are seen as one")
     return ground, merge
+
+
+def with_next(frames):
+    """Each frame, and the time stamp of the one after it; with the last, None."""
+    one = next(frames, None)
+    for after in frames:
+        yield one, after.pts
+        one = after
+    if one is not None:
+        yield one, None
 
 
 def paired(timed, merge):

@@ -544,15 +544,17 @@ def test_times_may_begin_anywhere():
 
 
 def test_absurd_times():
-    """Failing means that a broken time stamp fills hours with a still picture, or that frames whose
-    times run backwards are left out, or placed by another rule than the frame rate's."""
+    """Failing means that a broken time stamp fills hours with a still picture, or shifts all that
+    follows; that frames whose times run backwards are left out, or not placed by the frame rate."""
     still = "frame(s) whose time stands still skipped"
     backwards = "frame(s) whose time runs backwards: placed by the frame rate"
+    ahead = "frame(s) whose time jumps ahead: placed by the frame rate"
     for rate, given, taken, skipped in (                    # given and taken: (time, duration) in s
             (4, [(0, 1), (1, 1), (1, 1), (0, 1), (601, 2)],
              [(0, 1), (1, 1), (1.25, 1), (601, 2)], {still: 1, backwards: 1}),
             (1, [(1, 1), (4, 1), (3, 1), (5, 1), (2, 1), (8, 1)],
-             [(1, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1)], {backwards: 3}),
+             [(1, 1), (2, 1), (3, 1), (5, 1), (6, 1), (8, 1)], {ahead: 1, backwards: 1}),
+            (1, [(0, 1), (900, 1), (2, 1), (3, 1)], [(0, 1), (1, 1), (2, 1), (3, 1)], {ahead: 1}),
             (4, [(None, 1), (None, 1)], [(0, 1), (0.25, 1)], {}),
             (4, [(0, 1), (1, 10_000_000)], [(0, 1), (1, 0.25)],
              {"duration(s) of over 600 s left out": 1}),
@@ -1078,6 +1080,7 @@ DATA_BUGS = [
         (test_the_moving_stream_is_taken, {}, "max(moving or streams, ", "max(streams, "),
         (test_times_may_begin_anywhere, {}, "if tick >= limit", "if tick > limit"),
         (test_absurd_times, {}, "now <= last", "now < last"),
+        (test_absurd_times, {}, "before < following < stamp", "False"),
         (test_absurd_times, {}, "now - last > LONGEST", "now - last > 3600"),
         (test_absurd_times, {}, "SOURCE_FPS), LONGEST)", "SOURCE_FPS), 1e9)"),
         (test_absurd_times, {}, "0 < duration <= LONGEST", "0 < duration"),

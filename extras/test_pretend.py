@@ -86,7 +86,7 @@ GPU_BUGS = [
      test_a_training_step_never_waits_for_the_gpu, {"stage": 1}),
     ("the codebook's state on the GPU", "._buffers.update(stay)", "",
      test_a_training_step_never_waits_for_the_gpu, {"stage": 0}),
-    ("copies that wait", ".to(self.device, non_blocking=True)", ".to(self.device)",
+    ("copies that wait", ".to(self.device, non_blocking=cuda)", ".to(self.device)",
      test_a_training_step_never_waits_for_the_gpu, {"stage": 0}),
     ("a mask drawn on the host", "masked = torch.ones_like(tokens, dtype=torch.bool)\n        if",
      "masked = torch.ones(tokens.shape, dtype=torch.bool)\n        if",

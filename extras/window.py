@@ -101,9 +101,9 @@ def screen():
     except (ImportError, RuntimeError, ValueError) as error:     # a backend that is not there
         raise UserError(f"matplotlib cannot open a window ({error}); unset MPLBACKEND, or"
                         " pip install tornado and set it to WebAgg") from None
-    raise UserError(f"no window can open here (matplotlib draws by {backend}): MPLBACKEND=WebAgg"
-                    " python genie_mini.py play plays in a browser (pip install tornado), --out"
-                    " roll.gif saves a GIF, and extras.pictures.Animation plays in a notebook")
+    raise UserError(f"no window can open here (matplotlib draws by {backend}): with MPLBACKEND set"
+                    " to WebAgg it opens in a browser (pip install tornado), --out roll.gif saves"
+                    " a GIF, and extras.pictures.Animation plays in a notebook")
 
 
 def copies(state, n):
