@@ -762,6 +762,7 @@ def test_a_handout_lacks_the_chosen_functions_alone(tmp_path, monkeypatch, capsy
         expected = expected.replace(source, "\n".join(blanked))
     assert (folder / "genie_mini.py").read_text("utf-8") == expected
     assert (folder / ".pytest.ini").exists(), "the marks are declared there"
+    assert not (folder / "extras" / "test_class.py").exists(), "it does the projects"
     for link in re.findall(r"\]\(([^):#]+)\)", README):
         assert (folder / link).exists(), f"README of the hand-out: {link} is missing"
     (folder / "README.md").write_text("mine")
