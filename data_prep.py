@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from extras import films
 from extras.files import (FRAMES, JOIN_PICTURES, SIZE, SOURCE_FPS, SPLITS, STRIDE, WINDOW, Parser,
@@ -588,17 +587,6 @@ def choose_crop(clips):
     return crop
 
 
-def picture(path):
-    """A picture file as a decoded frame, upright; None where Pillow reads none, as of a video."""
-    need_av()
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-            return av.VideoFrame.from_ndarray(np.array(upright), format="rgba")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
 def image_to_frame(path, meta=None):
     """Read an image (or a video's first frame) as a model's frame: uint8 (64, 64) of 0 and 1.
 
@@ -607,7 +595,7 @@ def image_to_frame(path, meta=None):
     """
     meta = meta or {}
     with opened_video(path) as (container, stream):
-        frame = picture(path) or next(decoded_frames(container, stream, Counter()), None)
+        frame = films.picture(path) or next(decoded_frames(container, stream, Counter()), None)
         if frame is None:
             raise UserError(f"{path} holds no picture that can be decoded; choose another image")
         ground = films.clear_ground([films.sample(frame)])

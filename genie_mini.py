@@ -1138,12 +1138,12 @@ class Trainer:
         c, share = self.c, self.c.batch // ranks.RANKS
         length = (CLIP, c.dyn_frames)[self.stage]
         picks, first = self.train_set.draw(c.seed, self.stage, self.step, c.batch, length)
-        frames = self.train_set.frames(picks, first, length)       # (batch, T, H, W)
+        frames = self.train_set.frames(picks, first, length)            # (batch, T, H, W)
         mine = slice(ranks.RANK * share, (ranks.RANK + 1) * share)
         inputs = [frames[mine]]
         if self.stage == 1:
             noise = world_noise(self.genie, frames, self.quiet, generator)
-            tokens = self.tokens_of(picks[mine])[:, first:first + length]      # (B, T, N)
+            tokens = self.tokens_of(picks[mine])[:, first:first + length]       # (B, T, N)
             inputs += [tokens.long(), *(whole[mine] for whole in noise)]
         return list(zip(*(t.split(self.micro) for t in inputs)))
 

@@ -1,4 +1,5 @@
-"""What few films need: a ground for what is transparent, and both of two frames that alternate."""
+"""What few films need: a ground for what is transparent, and both of two frames that alternate. And
+a picture, as a film of one frame."""
 
 import contextlib
 import functools
@@ -6,6 +7,7 @@ import itertools
 from collections import Counter
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from extras.files import warn
 
@@ -26,6 +28,17 @@ def decoder(stream):
         except (KeyError, ValueError):                  # another codec, or a PyAV without libvpx
             tell_once(stream.container.name)
     return stream
+
+
+def picture(path):
+    """A picture file as a decoded frame, upright; None where Pillow reads none, as of a video."""
+    import av
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            return av.VideoFrame.from_ndarray(np.array(upright), format="rgba")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def has_alpha(frame):
@@ -69,14 +82,17 @@ def alternation(runs):
     return np.maximum if (brighter - darker)[things].mean() > 0 else np.minimum
 
 
-def look_over(path, container, stream, decoded_frames, places=12):
+PLACES = 12                         # of a film that are looked at
+
+
+def look_over(path, container, stream, decoded_frames):
     """Look at four frames in a row in each of some places of a film that data_prep.opened_video
     opened. Returns clear_ground() and alternation() of them, each told if it is not None."""
     import av
     runs, begin, whole = [], container.start_time or 0, container.duration or 0
-    for i in range(places):
+    for i in range(PLACES):
         with contextlib.suppress(av.error.FFmpegError):     # what cannot seek is read on from here
-            container.seek(begin + whole * i // places)
+            container.seek(begin + whole * i // PLACES)
         # It seeks to a key frame, which may be the first of all each time: so on, ever farther.
         frames = itertools.islice(decoded_frames(container, stream, Counter()), 20 * i, 20 * i + 4)
         run = [sample(frame) for frame in frames]

@@ -1,4 +1,4 @@
-"""What a training run tells: lines on the screen, metrics.csv, curves."""
+"""What a training run tells: lines on the screen, metrics.csv, curves, and what has gone wrong."""
 
 from extras import files
 from extras.files import UserError
