@@ -1957,7 +1957,7 @@ BUGS = [
      test_action_noise, {"noise": 0.25}),
     ("action noise where much changes", "take = begins & (", "take = ~begins & (",
      test_action_noise, {"noise": 0.25}),
-    ("tokens of the beginning of the sequence", "[:, first:first + length]      # (B, T, N)",
+    ("tokens of the beginning of the sequence", "[:, first:first + length]       # (B, T, N)",
      "[:, :length]", test_tokens_are_computed_once, {"at_once": 1}),
     ("tokens of other sequences", "return self.tokens[picks]", "return self.tokens[:len(picks)]",
      test_tokens_are_computed_once, {"at_once": 1}),
