@@ -998,9 +998,10 @@ def world_noise(genie, frames, quiet, generator):
     Source says where the dynamics takes each step's action from: t is step t of the clip, T-1 the
     code that luck picks. Most take their own. But a hero that is blocked stays, so the LAM calls a
     press against a wall "nothing", and a press that is blocked is never seen. So where quiet steps
-    begin, in which at most `quiet` pixels change, the first often takes the action of the step
-    before, as if the button had been held on to; or any code, as often as it occurs, if none is
-    known. Not the others: who rests would then be taken to go on resting, whatever is pressed.
+    begin, in which at most `quiet` pixels change, the first often takes the last real action, as if
+    the button had been held on to; or any code, as often as it occurs, if none is known. In every
+    other clip so do the steps that follow it, since a button may be held for long; not in all, or
+    who rests would be taken to go on resting, whatever is pressed.
     """
     c, (B, T) = genie.config, frames.shape[:2]
     patches = torch.randint(SIZE // c.tok_patch, (B, 2), generator=generator)
@@ -1008,9 +1009,10 @@ def world_noise(genie, frames, quiet, generator):
     still = (frames[:, 1:] != frames[:, :-1]).sum((-2, -1)) <= quiet    # (B, T-1)
     begins = still.int().diff(dim=1, prepend=torch.zeros(B, 1, dtype=torch.int)) > 0
     own = torch.arange(T - 1).expand(B, T - 1)
-    other = (own - 1) % T                                               # the step before; or luck
+    other = own.masked_fill(still, -1).cummax(1).values % T             # the last real one; or luck
+    held = torch.rand(B, 1, generator=generator) < 0.5
     luck = torch.empty(B, c.num_actions).exponential_(generator=generator)
-    take = begins & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
+    take = (begins | still & held) & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
     take &= bool(genie.lam.quantizer.started)                           # before that, no codes
     masked = genie.dynamics.random_mask(B, T - 1, generator)
     return shifts, torch.where(take, other, own), luck, masked
