@@ -999,8 +999,8 @@ def world_noise(genie, frames, quiet, generator):
     code that luck picks. Most take their own. But a hero that is blocked stays, so the LAM calls a
     press against a wall "nothing", and a press that is blocked is never seen. So where quiet steps
     begin, in which at most `quiet` pixels change, the first often takes the last real action, as if
-    the button had been held on to; or any code, as often as it occurs, if none is known. In every
-    other clip so do the steps that follow it, since a button may be held for long; not in all, or
+    the button had been held on to; or any code, as often as it occurs, if none is known. In half
+    of the clips so do the steps that follow it, since a button may be held for long; not in all, or
     who rests would be taken to go on resting, whatever is pressed.
     """
     c, (B, T) = genie.config, frames.shape[:2]
@@ -1010,7 +1010,7 @@ def world_noise(genie, frames, quiet, generator):
     begins = still.int().diff(dim=1, prepend=torch.zeros(B, 1, dtype=torch.int)) > 0
     own = torch.arange(T - 1).expand(B, T - 1)
     other = own.masked_fill(still, -1).cummax(1).values % T             # the last real one; or luck
-    held = torch.rand(B, 1, generator=generator) < 0.5
+    held = torch.rand(B, 1, generator=generator) < 0.5                  # (B, 1): for all of a rest
     luck = torch.empty(B, c.num_actions).exponential_(generator=generator)
     take = (begins | still & held) & (torch.rand(B, T - 1, generator=generator) < c.action_noise)
     take &= bool(genie.lam.quantizer.started)                           # before that, no codes

@@ -1082,23 +1082,24 @@ def test_action_noise(noise, gm=genie_mini):
     loss = genie.dynamics.loss
     genie.dynamics.loss = lambda tokens, actions, *rest: given.append(actions) or loss(
         tokens, actions, *rest)
-    frames = random_frames(400, 3)[:, [0, 0, 1, 1, 1, 2]]               # steps 0, 2 and 3 are quiet
+    frames = random_frames(400, 3)[:, [0, 0, 1, 1, 1, 1, 2]]            # steps 0, 2, 3, 4 are quiet
     tokens = genie.tokenizer.encode(frames)[1]
     shifts, source, luck, masked = gm.world_noise(genie, frames, 0, gm.seeded(0))
-    assert source.shape == (400, 5) and (source[:, [1, 4]] == torch.tensor([1, 4])).all()
-    for step, share in ((0, noise), (2, noise), (3, noise / 2)):
+    assert source.shape == (400, 6) and (source[:, [1, 5]] == torch.tensor([1, 5])).all()
+    for step, share in ((0, noise), (2, noise), (3, noise / 2), (4, noise / 2)):
         changed = (source[:, step] != step).float().mean().item()
         assert changed == pytest.approx(share, abs=0.08), step
         assert step == 0 or set(source[:, step].tolist()) <= {1, step}, "held on to"
+    assert noise < 1 or ((source[:, 3] == 1) == (source[:, 4] == 1)).all(), "held for all of a rest"
     with torch.no_grad():
-        inferred = genie.lam.encode(frames, shifts)[0]                  # (400, 5, L)
+        inferred = genie.lam.encode(frames, shifts)[0]                  # (400, 6, L)
         for count in (torch.ones(8), torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])):
             genie.lam.quantizer.ema_count[:] = count
             gm.world_losses(genie, frames, tokens, shifts, source, luck, masked)
     for clip in range(400):
-        own = source[clip] < 5
+        own = source[clip] < 6
         assert close(given[0][clip][own], inferred[clip][source[clip][own]])
-    anything = source[:, 0] == 5
+    anything = source[:, 0] == 6
     even, usual = ((a[anything, 0][:, None] - genie.lam.quantizer.codebook).abs().amax(-1)
                    for a in given)                                      # (clips, 8)
     assert noise == 0 or even.min(1).values.max() < 1e-5, "a code"
@@ -1108,7 +1109,7 @@ def test_action_noise(noise, gm=genie_mini):
     assert noise == 0 or 1.8 < often[0] / often[1] < 5, "as often as in use"
     genie.lam.quantizer.started.fill_(False)
     source = gm.world_noise(genie, frames, 0, gm.seeded(0))[1]
-    assert (source == torch.arange(5)).all(), "before the codebook starts there are no codes"
+    assert (source == torch.arange(6)).all(), "before the codebook starts there are no codes"
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -1955,6 +1956,8 @@ BUGS = [
      {"noise": 1.0}),
     ("a button is held for a step at most", "begins | still & held", "begins", test_action_noise,
      {"noise": 1.0}),
+    ("held or not, step by step", "held = torch.rand(B, 1,", "held = torch.rand(B, T - 1,",
+     test_action_noise, {"noise": 1.0}),
     ("a held button is the step before", "own.masked_fill(still, -1).cummax(1).values", "(own - 1)",
      test_action_noise, {"noise": 1.0}),
     ("action noise the wrong way round", "< c.action_noise", ">= c.action_noise",
