@@ -92,7 +92,7 @@ class Config:
     lam_view: str = "change"        # what the encoder sees; frames: the paper's (section 7)
     num_actions: int = 8            # latent actions: eight buttons, so 3 bits a step
     lam_steps: int = 0              # first steps of stage 2 in which the LAM trains; 0: all
-    lam_unquantized: float = 0.5    # share of these before its codebook starts (section 7)
+    lam_unquantized: float = 0.75   # share of these before its codebook starts (section 7)
     # Dynamics model (stage 2)
     dyn_dim: int = 256              # model width
     dyn_layers: int = 6             # the card names 6 and 4 layers; the 4 is read as heads
@@ -128,7 +128,7 @@ PRESETS = {
     # 15 steps, so one clip a step is enough, and many short steps learn faster than few.
     "laptop": dict(
         tok_dim=64, tok_layers=2, tok_unquantized=250, tok_steps=800, lam_dim=128, lam_layers=2,
-        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=4800, temperature=0.1,
+        lam_steps=1600, dyn_dim=128, dyn_layers=4, dyn_fold=2, dyn_steps=3200, temperature=0.1,
         order_noise=0.0, mask_schedule="adaptive", batch=1, micro_batch=1, lr=1e-3, min_lr=1e-4,
         warmup=100, beta2=0.99, val_every=400, val_sequences=32),
     # Everything in a minute or two, for tests; it learns next to nothing.
