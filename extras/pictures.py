@@ -89,7 +89,7 @@ def draw_curves(rows, path):
     panels = {"tokenizer: pixel loss": ("tokenizer", "pixel_loss", "log"),
               "LAM: pixel loss": ("world", "pixel_loss", "log"),
               "dynamics: loss": ("world", "dynamics_loss", "log"),
-              "loss by other actions / by its own": ("world", "val_action_ratio", "log")}
+              "dynamics: val_action_ratio": ("world", "val_action_ratio", "log")}
     for axes, (title, (stage, name, scale)) in zip(figure.subplots(1, 4), panels.items()):
         points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
         axes.set(title=title, xlabel="step", yscale=scale if points else "linear")
