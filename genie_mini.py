@@ -50,6 +50,7 @@ import torch.nn.functional as F
 
 from extras import files, ranks
 from extras.files import UserError
+from extras.muon import Muon
 from extras.runlog import COLUMNS, RunLog, troubles
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -138,6 +139,8 @@ PRESETS = {
         batch=4, micro_batch=2, lr=2e-3, min_lr=1e-3, warmup=10, val_every=30, val_sequences=8,
         maskgit_steps=4),
 }
+# `laptop` for video that nobody rendered for this: more kinds of patches, so more symbols.
+PRESETS["video"] = {**PRESETS["laptop"], "tok_codes": 64, "tok_steps": 2400}
 
 CHOICES = {"preset": tuple(PRESETS), "device": ("auto", "cpu", "cuda", "mps"),
            "precision": ("auto", "float32", "bfloat16"), "lam_view": ("change", "frames"),
@@ -614,10 +617,10 @@ class VideoTokenizer(nn.Module):
         x, _ = self.encoder(self.embed(patchify(pixels(frames), self.patch)))   # (B, T, N, D)
         return self.quantizer(self.to_latent(x))
 
-    def decode(self, quantized, past=None):
+    def decode(self, quantized, past=None, layout=None):
         """quantized (B, T, N, L) -> logits (B, T, H, W) that each pixel is white, and the decoder's
         memory for frames to come (see STTransformer)."""
-        x, kept = self.decoder(self.from_latent(quantized), past)       # (B, T, N, D)
+        x, kept = self.decoder(self.from_latent(quantized), past, layout)       # (B, T, N, D)
         return unpatchify(self.to_pixels(x), self.patch).float(), kept
 
     def forward(self, frames):
@@ -1069,8 +1072,9 @@ class Trainer:
         self.totals = ([self.c.tok_steps], [self.c.lam_end, self.c.dyn_steps], [0])[stage]
         self.total = self.totals[-1]                     # steps; the LAM may take fewer
         groups = [{"params": list(model.parameters())} for model in self.models]
-        self.optimizer = groups and torch.optim.AdamW(
-            groups, fused=True, betas=(0.9, self.c.beta2), weight_decay=1e-4)
+        matrices = [p for p in genie.dynamics.transformer.parameters() if p.dim() == 2]
+        self.optimizer = groups and Muon(                # AdamW, but Muon for these matrices
+            groups, matrices, fused=True, betas=(0.9, self.c.beta2), weight_decay=1e-4)
         self.losses = (tokenizer_losses, world_losses, None)[stage]
         count, tokens = len(self.train_set), genie.dynamics.tokens_per_frame
         self.tokens = torch.zeros(count, CLIP, tokens, dtype=torch.uint8)   # see tokens_of
@@ -1274,8 +1278,7 @@ class Trainer:
         self.step, self.log.rows = checkpoint["step"], checkpoint["rows"]
         if self.models:
             moments = checkpoint["optimizer"]
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            if not moments_fit(moments, parameters):
+            if not moments_fit(moments, self.optimizer):
                 raise UserError("the optimizer's state in the checkpoint does not fit its models:"
                                 " train again")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})

@@ -1031,6 +1031,12 @@ def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
     rate = gm.learning_rate(4, trainer.c.tok_steps, trainer.c)
     assert group["lr"] == row["lr"] == rate
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    trainer.enter_stage(1)
+    trainer.optimizer_step()
+    by_muon = {name for name, p in trainer.genie.named_parameters()
+               if trainer.optimizer.state[p].keys() == {"step", "exp_avg"}}
+    assert len(by_muon) == 6 * trainer.c.dyn_layers, "qkv and out, twice, and two of the FFN"
+    assert all(name.startswith("dynamics.transformer.") for name in by_muon)
 
 
 def test_lam_is_done_after_its_steps(demo_file, tmp_path, gm=genie_mini):
@@ -1939,6 +1945,8 @@ BUGS = [
     ("LAM compared with the frame it saw", "frames[:, 1:].float())", "frames[:, :-1].float())",
      test_losses_by_hand, {}),
     ("weight decay forgotten", ", weight_decay=1e-4)", ")",
+     test_optimizer_is_the_one_asked_for, {}),
+    ("Muon nowhere", "groups, matrices, fused", "groups, [], fused",
      test_optimizer_is_the_one_asked_for, {}),
     ("twice the learning rate", '["lr"] = lr = learning_rate(', '["lr"] = lr = 2 * learning_rate(',
      test_optimizer_is_the_one_asked_for, {}),

@@ -77,11 +77,16 @@ def finite(tensors):
     return all(torch.isfinite(t).all() for t in tensors)
 
 
-def moments_fit(moments, parameters):
-    """Is this the state of an AdamW of these parameters, {index: {step, exp_avg, exp_avg_sq}}?"""
+def moments_fit(moments, optimizer):
+    """Is this the state of such an optimizer, {index: {step, exp_avg, and but for Muon's matrices
+    exp_avg_sq}}?"""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def wanted(p):
+        square = {} if p in optimizer.matrices else {"exp_avg_sq": p}
+        return outlines({"step": torch.tensor(0.0), "exp_avg": p, **square})
     return finite(t for m in moments.values() for t in m.values()) and all(
-        i in range(len(parameters)) and outlines(m) == outlines(
-            {"step": torch.tensor(0.0), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]})
+        i in range(len(parameters)) and outlines(m) == wanted(parameters[i])
         for i, m in moments.items())
 
 

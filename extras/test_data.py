@@ -145,15 +145,22 @@ def test_demo_bodies_keep_out_of_walls_and_of_each_other():
     assert turned.sum() > 5
 
 
-def test_demo_player_seeks_the_fish_and_seldom_rests():
-    """Failing means that hero and fish seldom meet in the video, or that he often stands still
-    without being blocked: then a dream breaks where they meet, or where a wall is in the way."""
+def test_demo_player_seeks_fish_and_corners_and_seldom_rests():
+    """Failing means that hero and fish seldom meet in the video, that he seldom runs against half
+    of a wall, or that he often stands still without being blocked: then a dream breaks where they
+    meet, or where a corner or a wall is in the way."""
     world, any_way = worlds.DemoWorld(0), 0.65 / 4
-    for hero, fish, free, shares in (
-            ((7, 2), (9, 9), True, {0: 0.05, 4: 0.3 + any_way, 1: any_way}),
-            ((7, 2), (1, 3), True, {0: 0.05, 1: 0.3 + any_way, 2: any_way}),
-            ((1, 1), (1, 3), False, {0: 1, 1: 0, 2: 0, 3: 0, 4: 0})):
-        world.hero, world.fish, world.free = hero, fish, np.full((15, 15), free)
+    hall = np.pad(np.zeros((14, 14), dtype=int), 1, constant_values=1)
+    corner, wall = hall.copy(), hall.copy()
+    corner[8:10, 10:12] = wall[7:9, 10:12] = 2
+    for hero, fish, walls, free, shares in (
+            ((7, 2), (9, 9), hall, True, {0: 0.05, 4: 0.3 + any_way, 1: any_way}),
+            ((7, 2), (1, 3), hall, True, {0: 0.05, 1: 0.3 + any_way, 2: any_way}),
+            ((7, 2), (1, 3), wall, True, {0: 0.05, 1: 0.3 + any_way, 2: any_way, 4: any_way}),
+            ((7, 2), (1, 3), corner, True, {0: 0.05, 1: 0.3, 2: 0, 4: 0.65}),
+            ((1, 1), (1, 3), corner, False, {0: 1, 1: 0, 2: 0, 3: 0, 4: 0})):
+        world.hero, world.fish, world.walls = hero, fish, walls
+        world.free = np.full((15, 15), free)
         keys = np.bincount([world.choose_key() for _ in range(4000)], minlength=5) / 4000
         for key, share in shares.items():
             assert abs(keys[key] - share) < 0.03, (hero, fish, key)

@@ -14,7 +14,7 @@ import torch
 
 import genie_mini
 import test_genie_mini
-from extras import bench, checkpoints, command_line, dreams, files, runlog, worlds
+from extras import bench, checkpoints, command_line, dreams, files, muon, runlog, worlds
 from extras import window as window_module
 from extras.testing import (fuzzed, measurements, must_fail, mutant, random_frames, tiny,
                             tiny_genie, tiny_trainer, weights_of)
@@ -117,20 +117,19 @@ def test_a_sketch_is_what_one_pass_gives(gm=genie_mini):
     """Failing means that the small pictures under the game show another past or another button than
     is played, or that to look at them changes the game."""
     genie = tiny_genie(gm, temperature=0.0, order_noise=0.0, maskgit_steps=1, dyn_frames=16)
-    sketch, copies = window_module.sketch, window_module.copies
     state = genie.start(random_frames(1))
     for button in (3, 1):
         state = genie.step(state, button, gm.seeded(0))[1]
         kept = [k.shape for k, _ in state.decoder]
-        sketches = sketch(genie, copies(state, 3), [0, 1, 2], gm.seeded(0))
-        for a in range(3):
-            assert (sketches[a] == genie.step(state, a, gm.seeded(0))[0][0]).all()
-        assert (sketch(genie, state, [1], gm.seeded(0))[0] == sketches[1]).all()
+        sketches = window_module.sketch(genie, state, gm.seeded(0))
+        assert len(sketches) == genie.config.num_actions and (sketches != sketches[0]).any()
+        for a, made in enumerate(sketches):
+            assert (made == genie.step(state, a, gm.seeded(0))[0][0]).all()
         assert [k.shape for k, _ in state.decoder] == kept
     genie.config.maskgit_steps = 10
     forward, calls = genie.dynamics.forward, []
     genie.dynamics.forward = lambda *args, **kw: calls.append(1) or forward(*args, **kw)
-    assert (sketch(genie, copies(state, 3), [0, 1, 2], gm.seeded(0)) == sketches).all()
+    assert (window_module.sketch(genie, state, gm.seeded(0)) == sketches).all()
     assert len(calls) == 1
 
 
@@ -357,6 +356,28 @@ def test_a_wrong_optimizer_state_is_refused(demo_file, tmp_path, change, gm=geni
         trainer.resume(checkpoint)
 
 
+def test_muon_by_hand():
+    """Failing means that a matrix is not turned in all directions alike, or not as far as AdamW
+    would move it, or that what is no matrix is moved so, too."""
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=genie_mini.seeded(0)))[0]
+    strong = torch.tensor([9.0, 3.0, 1.0, 0.5, 0.3, 0.2])
+    for gradient in (turn * strong, (turn * strong)[:, :4], (turn * strong)[:4]):
+        u, s, v = torch.linalg.svd(gradient, full_matrices=False)
+        made = muon.orthogonal(gradient[None])[0]
+        assert torch.linalg.svdvals(made).aminmax() == (pytest.approx(0.95, abs=0.3),) * 2
+        assert (made - u @ v).abs().max() < 0.35 < (gradient - u @ v).abs().max()
+    matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((6, 6), (6,)))
+    optimizer = muon.Muon([{"params": [vector, matrix]}], [matrix], momentum=0.5, lr=0.1,
+                          weight_decay=0.2)
+    first, second = turn, torch.eye(6)
+    for gradient, seen in ((first, first), (second, 0.125 * first + 0.75 * second)):
+        before, (matrix.grad, vector.grad) = matrix.detach().clone(), (gradient, torch.ones(6))
+        optimizer.step()                                # Nesterov: half mean, half gradient
+        step = 0.2 * math.sqrt(6) * muon.orthogonal(seen[None])[0]
+        assert torch.allclose(matrix, before * (1 - 0.1 * 0.2) - 0.1 * step, atol=1e-6)
+    assert torch.allclose(vector, torch.tensor(0.98 * (0.98 - 0.1) - 0.1), atol=1e-5)
+
+
 def test_fuzzed_checkpoints(tmp_path, cases=60, gm=genie_mini):
     """Failing means that a damaged checkpoint ends in a traceback, or is read as another one; or
     that a Config of random values does."""
@@ -394,9 +415,11 @@ EXTRAS_BUGS = [
      test_a_long_dream_is_judged_frame_by_frame, {}),
     ("walls of the dream itself", "(made & walls).sum", "made.sum",
      test_a_long_dream_is_judged_frame_by_frame, {}),
-    ("a sketch without the action", "sample(state.dynamics, latent, once,",
-     "sample(state.dynamics, 0 * latent, once,", test_a_sketch_is_what_one_pass_gives, {}),
-    ("a sketch without its past", "decode(quantized, state.decoder)", "decode(quantized)",
+    ("a sketch without the action", "tokens == 0, latents,", "tokens == 0, 0 * latents,",
+     test_a_sketch_is_what_one_pass_gives, {}),
+    ("a sketch that forgets when it is", "torch.full((n,), past,", "torch.full((n,), 0,",
+     test_a_sketch_is_what_one_pass_gives, {}),
+    ("a sketch that sees the others", "torch.eye(n)", "torch.ones(n, n)",
      test_a_sketch_is_what_one_pass_gives, {}),
     ("arrows the wrong way round", "(new - old)[", "(old - new)[", test_motion_of_a_button, {}),
     ("the baseline taken for the step", "theirs, ours, its_seconds", "ours, theirs, its_seconds",
@@ -429,6 +452,12 @@ EXTRAS_BUGS = [
     ("the optimizer's state not compared", "for i, m in moments.items())\n\n\ndef check",
      "for i, m in ())\n\n\ndef check", test_a_wrong_optimizer_state_is_refused,
      {"change": lambda state: state.update({99: state[0]})}),
+    ("all directions as strong as they were", "+ 2.0315 * a @ a) @ x", "+ 2.0315 * a @ a) @ x * 0",
+     test_muon_by_hand, {}),
+    ("no momentum", "ahead.append(p.grad.lerp(state[\"exp_avg\"], self.momentum))",
+     "ahead.append(p.grad)", test_muon_by_hand, {}),
+    ("matrices do not decay", "p.mul_(1 - group[\"lr\"] * group[\"weight_decay\"])", "pass",
+     test_muon_by_hand, {}),
     ("checkpoint written in place",
      "with files.written_whole(path, keep=previous(path)) as file:",
      'with open(path, "wb") as file:', test_a_full_disk_leaves_the_last_checkpoint, {}),
@@ -466,7 +495,8 @@ def test_cost_grows_with_frames():
 def test_planted_bug_in_the_extras_is_caught(old, new, test, arguments, request, monkeypatch):
     """Failing means that a bug like this one in extras/ would pass all tests."""
     modules = {"bench": bench, "window_module": window_module, "dreams": dreams,
-               "command_line": command_line, "checkpoints": checkpoints, "runlog": runlog}
+               "command_line": command_line, "checkpoints": checkpoints, "runlog": runlog,
+               "muon": muon}
     name = next(name for name, module in modules.items() if old in inspect.getsource(module))
     broken = mutant(old, new, modules[name])
     monkeypatch.setitem(globals(), name, broken)

@@ -1,6 +1,5 @@
 """What a model shows: the pictures that training and `eval` draw; `play`, and its window."""
 
-import dataclasses
 import itertools
 import re
 import time
@@ -106,35 +105,32 @@ def screen():
                     " a GIF, and extras.pictures.Animation plays in a notebook")
 
 
-def copies(state, n):
-    """n players who share the past of a single one: a PlayState of B = 1 -> of B = n."""
-    def times_n(x):
-        return x.repeat(n, *[1] * (x.dim() - 1))
-    kept = [[(times_n(k), times_n(v)) for k, v in kvs] for kvs in (state.dynamics, state.decoder)]
-    return gm.PlayState(times_n(state.tokens), times_n(state.actions), *kept)
-
-
 @torch.no_grad()
-def sketch(genie, state, actions, generator):
-    """What Genie.step might show, at a tenth of the cost: one MaskGIT pass, nothing remembered.
+def sketch(genie, state, generator):
+    """What each button might show next, (num_actions, 64, 64) uint8 of 0/1, at a fraction of the
+    cost of Genie.step: one MaskGIT pass, and nothing is remembered. state: of one player, B = 1.
 
-    actions (B,) whole numbers -> frames (B, 64, 64) uint8 of 0/1. (Where step begins a new memory,
-    it decodes the frame with less of a past than here.)
+    To the models these are so many frames of a clip, which share a moment: each sees the past and
+    itself. (Where step begins a new memory, it decodes the frame with less of a past than here.)
     """
-    once = dataclasses.replace(genie.config, maskgit_steps=1)
-    latent = genie.lam.quantizer.codebook[actions]                      # (B, L)
+    n, past = genie.config.num_actions, state.tokens.shape[1]
+    visible = torch.cat([torch.ones(n, past), torch.eye(n)], dim=1).bool().to(genie.device)
+    layout = torch.full((n,), past, device=genie.device), visible       # their positions; who sees
+    tokens = state.tokens.new_zeros(1, n, state.tokens.shape[2])        # whom
     with gm.autocast(genie.config.precision, genie.device):
-        tokens = genie.dynamics.sample(state.dynamics, latent, once, generator)
-        quantized = genie.tokenizer.quantizer.codebook[tokens[:, None]]     # (B, 1, N, L)
-        logits, _ = genie.tokenizer.decode(quantized, state.decoder)
-        return (logits[:, 0] > 0).byte()
+        latents = genie.lam.quantizer.codebook[None]                    # (1, n, L)
+        logits, _ = genie.dynamics(tokens, tokens == 0, latents, state.dynamics, layout)
+        noise = gm.gumbel(logits.shape, generator).to(genie.device)
+        guess = (logits + genie.config.temperature * noise).argmax(-1)  # (1, n, N)
+        quantized = genie.tokenizer.quantizer.codebook[guess]
+        return (genie.tokenizer.decode(quantized, state.decoder, layout)[0][0] > 0).byte()
 
 
 class Window:
     """A dream in a matplotlib window: a timer moves it on, and keys choose which way.
 
-    In a row under the picture stand the frames that the buttons would lead to: one batch, which
-    shares the past, and only a sketch (a single MaskGIT pass): it must not slow the game.
+    In a row under the picture stand the frames that the buttons would lead to, only sketched: it
+    must not slow the game.
     """
 
     KEEP = 1200                                 # frames kept for S: two minutes at 10 FPS
@@ -174,8 +170,7 @@ class Window:
 
     def look_ahead(self):
         """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
-        many = copies(self.state, len(self.buttons))
-        self.futures = sketch(self.genie, many, self.buttons, self.generator).cpu().numpy()
+        self.futures = sketch(self.genie, self.state, self.generator).cpu().numpy()
 
     def tick(self):
         """One frame on: by the button that is held, or by the one that moves things least."""

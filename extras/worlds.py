@@ -134,7 +134,7 @@ class DemoWorld:
 
     def new_level(self):
         """Draw new walls, and places for hero and fish, from the random generator."""
-        walls = random_walls(self.rng)
+        self.walls = walls = random_walls(self.rng)
         # A tile covers 2x2 patches: 8 tiles a side; a wall's patches are cut out of them.
         tiles = np.stack([np.zeros_like(HERO), *WALLS])                         # (5, 8, 8)
         tiled = np.tile(tiles, (PATCHES // 2, PATCHES // 2))                    # (5, 64, 64)
@@ -185,11 +185,19 @@ class DemoWorld:
             self.new_level()
         return effect
 
+    def leads_to_corner(self, key):
+        """Does this key end at a corner, which blocks one half of the hero, not at a whole wall?"""
+        (y, x), (dy, dx), walls = self.hero, MOVES[key], 0
+        while not walls:
+            y, x = y + dy, x + dx
+            walls = np.count_nonzero(self.walls[y:y + BODY, x:x + BODY])
+        return walls == 1
+
     def choose_key(self):
         """What the player in our video presses next: a key whose way is free, at random.
 
-        Seldom 'stay' and often the one that leads to the fish: a still hero teaches little, and
-        where bodies meet there is most to learn.
+        Seldom 'stay', often the one that leads to the fish, and else one that leads to a corner, if
+        any does: a still hero teaches little, and where bodies meet there is most to learn.
         """
         keys = [key for key in range(1, len(MOVES)) if self.is_free(key)]
         dy, dx = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
@@ -199,6 +207,7 @@ class DemoWorld:
             return 0
         if luck < REST + FOLLOW and MOVES.index(along) in keys:
             return MOVES.index(along)
+        keys = [key for key in keys if self.leads_to_corner(key)] or keys
         return keys[self.rng.integers(len(keys))]
 
     def frame(self):
