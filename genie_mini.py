@@ -961,6 +961,9 @@ class Genie(nn.Module):
 # reconstruction, the dynamics on tokens, taking its actions from the LAM with a stop-gradient. The
 # LAM may be done sooner (lam_steps); the dynamics then goes on alone, with the actions as they are.
 #
+# The optimizer is AdamW. But one clip a step makes noisy gradients, so the dynamics' matrices take
+# steps by Muon (extras/muon.py), which listens to all directions of a gradient alike.
+#
 # Everything random in step i follows from (seed, stage, i), and a checkpoint holds weights,
 # optimizer and position, so that a resumed run goes on exactly as if it had never stopped.
 #

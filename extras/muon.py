@@ -28,13 +28,13 @@ def orthogonal(x, rounds=5):
 class Muon(torch.optim.AdamW):
     """AdamW, but of the last group's parameters these matrices take Muon's steps.
 
-    The factor 0.2 sqrt(rows or columns) makes a step as large as AdamW's usually is (Liu et al.
-    2025, "Muon is scalable"), so that one learning rate and one weight decay serve both.
+    Their learning rate is `faster` times AdamW's, and a tall one's sqrt(rows / columns) times that.
+    (5: of rates 0.002, 0.005 and 0.02 the second learned fastest, beside an AdamW at 0.001.)
     """
 
-    def __init__(self, groups, matrices, momentum=0.95, **settings):
+    def __init__(self, groups, matrices, momentum=0.95, faster=5, **settings):
         super().__init__(groups, **settings)
-        self.momentum, self.matrices = momentum, set(matrices)
+        self.momentum, self.faster, self.matrices = momentum, faster, set(matrices)
 
     @torch.no_grad()
     def step(self):
@@ -51,7 +51,8 @@ class Muon(torch.optim.AdamW):
                 state["exp_avg"].lerp_(p.grad, 1 - self.momentum)
                 ahead.append(p.grad.lerp(state["exp_avg"], self.momentum))      # Nesterov's
                 p.grad = None                                           # AdamW leaves it alone
+            rate = self.faster * group["lr"]
             for p, step in zip(matrices, orthogonal(torch.stack(ahead))):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(step, alpha=0.2 * max(shape) ** 0.5 * group["lr"])
+                p.mul_(1 - rate * group["weight_decay"])
+                p.sub_(step, alpha=rate * max(1, shape[0] / shape[1]) ** 0.5)
         super().step()

@@ -436,7 +436,7 @@ MISTAKES = {    # what is answered, FLAG and VALUE being the last two words: to 
         "TRAIN --dyn_frames 17", "TRAIN --dyn_frames 1", "TRAIN --micro_batch -1",
         "TRAIN --tok_dim 10000000", "TRAIN --dyn_layers 1000000", "TRAIN --device tpu",
         "EVAL --count 0", "PLAY 0 --seed -1", "bench --preset smoke --tok_dim 0"],
-    "choose full, laptop, smoke": ["train --data D --preset huge", "bench --preset none"],
+    "choose full, laptop, smoke, video": ["train --data D --preset huge", "bench --preset none"],
     "choose change, frames": ["TRAIN --lam_view all"],
     "multiple of": ["TRAIN --tok_dim 36 --heads 8", "TRAIN --dyn_dim 18"],
     "must divide 64": ["TRAIN --lam_patch 7"],
