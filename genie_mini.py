@@ -27,7 +27,7 @@ Contents:
      5  Vector quantizer                11  Evaluation
      6  Video tokenizer                 12  Commands
 What a reader does not need stands in extras/: flags, logs, files, checkpoints, pictures, the play
-window, bench, many processes.
+window, bench, many processes, the step of an optimizer.
 
 Where the paper is silent, this takes what was measured to learn; README's "How this differs from
 Genie" lists it. The `full` preset is the card of this project: Genie at small sizes.

@@ -1037,6 +1037,7 @@ def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
                if trainer.optimizer.state[p].keys() == {"step", "exp_avg"}}
     assert len(by_muon) == 6 * trainer.c.dyn_layers, "qkv and out, twice, and two of the FFN"
     assert all(name.startswith("dynamics.transformer.") for name in by_muon)
+    assert (trainer.optimizer.faster, trainer.optimizer.momentum) == (5, 0.95)
 
 
 def test_lam_is_done_after_its_steps(demo_file, tmp_path, gm=genie_mini):

@@ -236,7 +236,7 @@ def bench_memory(config):
     """Print the memory of a step of each stage: the peak so far, and what a GPU would need.
 
     The latter is predicted: what autograd keeps in bfloat16 with fused kernels, and 16 bytes a
-    weight (itself, its gradient, AdamW's two averages).
+    weight (itself, its gradient, AdamW's two averages; Muon keeps one).
     """
     print("| stage | micro-batch | peak | predicted for a GPU |\n| --- | --- | --- | --- |")
     for stage, name in enumerate(gm.STAGES):

@@ -78,8 +78,8 @@ def finite(tensors):
 
 
 def moments_fit(moments, optimizer):
-    """Is this the state of such an optimizer, {index: {step, exp_avg, and but for Muon's matrices
-    exp_avg_sq}}?"""
+    """Is this the state of such an optimizer, {index: {step, exp_avg, exp_avg_sq}}, the last not
+    for Muon's matrices?"""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def wanted(p):

@@ -366,7 +366,7 @@ def test_keys_press_buttons(window):
 
 
 def test_a_button_leads_where_the_window_said(window):
-    """Failing means that the small frames under the picture are not what the buttons will do, that
+    """Failing means that the small frames under the picture are not what the buttons will do,
     or that the dream goes on from what another button would have led to."""
     genie = window.genie
     genie.config.temperature, genie.config.maskgit_steps = 0.0, 1       # so a sketch is the frame

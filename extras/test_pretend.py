@@ -60,6 +60,7 @@ def test_play_and_evaluation_on_a_gpu(demo_file, gpu, gm=genie_mini):
         assert all(value is not None for value in result.values())
     dreams.evaluate_world(genie, data, some, steps=8)
     window.button_motion(genie, data.frames(some)[:, 0])
+    assert window.sketch(genie, genie.start(data.frames([0, 1])[0, :2][None])).device.type == "cuda"
 
 
 def test_bench_on_a_gpu(gpu, monkeypatch, gm=genie_mini, bench=bench):

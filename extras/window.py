@@ -106,23 +106,21 @@ def screen():
 
 
 @torch.no_grad()
-def sketch(genie, state, generator):
-    """What each button might show next, (num_actions, 64, 64) uint8 of 0/1, at a fraction of the
-    cost of Genie.step: one MaskGIT pass, and nothing is remembered. state: of one player, B = 1.
+def sketch(genie, state):
+    """What each button would most likely show next, (num_actions, 64, 64) uint8 of 0/1, from the
+    state of one player (B = 1): in a single MaskGIT pass for all, which remembers nothing.
 
-    To the models these are so many frames of a clip, which share a moment: each sees the past and
-    itself. (Where step begins a new memory, it decodes the frame with less of a past than here.)
+    To the models these are frames of one clip, all at the same position: each sees the past and
+    itself, and not the others. (Where Genie.step begins a new memory, it knows less of a past.)
     """
     n, past = genie.config.num_actions, state.tokens.shape[1]
-    visible = torch.cat([torch.ones(n, past), torch.eye(n)], dim=1).bool().to(genie.device)
-    layout = torch.full((n,), past, device=genie.device), visible       # their positions; who sees
-    tokens = state.tokens.new_zeros(1, n, state.tokens.shape[2])        # whom
+    sees = torch.cat([torch.ones(n, past), torch.eye(n)], dim=1).bool().to(genie.device)
+    layout = torch.full((n,), past, device=genie.device), sees
+    tokens = state.tokens.new_zeros(1, n, state.tokens.shape[2])        # none is looked at
     with gm.autocast(genie.config.precision, genie.device):
         latents = genie.lam.quantizer.codebook[None]                    # (1, n, L)
         logits, _ = genie.dynamics(tokens, tokens == 0, latents, state.dynamics, layout)
-        noise = gm.gumbel(logits.shape, generator).to(genie.device)
-        guess = (logits + genie.config.temperature * noise).argmax(-1)  # (1, n, N)
-        quantized = genie.tokenizer.quantizer.codebook[guess]
+        quantized = genie.tokenizer.quantizer.codebook[logits.argmax(dim=-1)]
         return (genie.tokenizer.decode(quantized, state.decoder, layout)[0][0] > 0).byte()
 
 
@@ -170,7 +168,7 @@ class Window:
 
     def look_ahead(self):
         """Sketch the frames (num_actions, 64, 64) that the buttons would lead to."""
-        self.futures = sketch(self.genie, self.state, self.generator).cpu().numpy()
+        self.futures = sketch(self.genie, self.state).cpu().numpy()
 
     def tick(self):
         """One frame on: by the button that is held, or by the one that moves things least."""

@@ -186,7 +186,7 @@ class DemoWorld:
         return effect
 
     def leads_to_corner(self, key):
-        """Does this key end at a corner, which blocks one half of the hero, not at a whole wall?"""
+        """Does this key (1 to 4) end at a corner, which blocks half of the hero, not at a wall?"""
         (y, x), (dy, dx), walls = self.hero, MOVES[key], 0
         while not walls:
             y, x = y + dy, x + dx
@@ -197,7 +197,8 @@ class DemoWorld:
         """What the player in our video presses next: a key whose way is free, at random.
 
         Seldom 'stay', often the one that leads to the fish, and else one that leads to a corner, if
-        any does: a still hero teaches little, and where bodies meet there is most to learn.
+        any does: a still hero teaches little, where bodies meet there is most to learn, and without
+        such a will corners are met so seldom that dreams break there.
         """
         keys = [key for key in range(1, len(MOVES)) if self.is_free(key)]
         dy, dx = self.fish[0] - self.hero[0], self.fish[1] - self.hero[1]
@@ -315,7 +316,7 @@ def demo_walls(frames):
 
 
 def render_demo(windows, seed, name="demo"):
-    """Play a demo world with random keys for a number of 1.6 s windows.
+    """Play a demo world, keys as choose_key has them, for a number of 1.6 s windows.
 
     Returns bits uint8 (3 * windows, 16, 64, 8) and actions uint8 (3 * windows, 15); the sequences
     of window w are 3w, 3w + 1 and 3w + 2. A key is held for 9 to 24 source frames: a transition
