@@ -459,8 +459,6 @@ EXTRAS_BUGS = [
      "for i, m in ())\n\n\ndef check", test_a_wrong_optimizer_state_is_refused,
      {"stage": 0, "change": lambda state: state.update({99: state[0]})}),
     ("all directions as strong as they were", "rounds=5", "rounds=0", test_muon_by_hand, {}),
-    ("steps as long as AdamW's", "faster=5", "faster=1",
-     test_genie_mini.test_optimizer_is_the_one_asked_for, {}),
     ("no momentum", "ahead.append(p.grad.lerp(state[\"exp_avg\"], self.momentum))",
      "ahead.append(p.grad)", test_muon_by_hand, {}),
     ("matrices do not decay", "p.mul_(1 - rate * group[\"weight_decay\"])", "pass",
