@@ -28,7 +28,7 @@ import data_prep as dp
 import genie_mini
 from extras import bench, checkpoints, command_line, files, pictures, runlog, worlds
 from extras import window as window_module
-from extras.testing import ROOT, encode, measurements, steady, tiny_trainer
+from extras.testing import ROOT, close, encode, measurements, steady, tiny_trainer
 
 matplotlib.use("Agg")                   # it draws as on a screen, unseen, and opens no window
 
@@ -367,19 +367,24 @@ def test_keys_press_buttons(window):
 
 def test_a_button_leads_where_the_window_said(window):
     """Failing means that the small frames under the picture are not what the buttons will do,
-    or that the dream goes on from what another button would have led to."""
+    that the dream goes on from what another button would have led to, or that eight dreams side by
+    side differ from having played each of them alone."""
     genie = window.genie
     genie.config.temperature, genie.config.maskgit_steps = 0.0, 1       # so a sketch is the frame
     genie.lam.quantizer.codebook.mul_(100)                              # and buttons differ
     window.look_ahead()
     assert (window.futures[0] != window.futures[5]).any()
+    eight = genie.start(window.firsts[0].expand(8, 64, 64))
     for button in 0, 5:                             # a third press would begin a new memory
-        promised, before = window.futures[button].copy(), window.state
+        promised = window.futures[button].copy()
         press(window, str(button))
-        frame, state = genie.step(before, button)
-        assert (window.frame == promised).all() and (frame[0].numpy() == promised).all()
-        assert (window.state.tokens == state.tokens).all()
-        assert (window.state.actions == state.actions).all()
+        (frames, after), (_, eight) = (genie.step(eight, a) for a in (torch.arange(8), button))
+        assert (window.frame == promised).all() and (frames[button].numpy() == promised).all()
+        assert (window.state.tokens == after.tokens[button]).all()
+        assert (window.state.actions == after.actions[button]).all()
+        for pair, pairs in zip(window.state.dynamics, after.dynamics):
+            for one, all_eight in zip(pair, pairs):                     # (N, ...) and (8 N, ...)
+                assert close(one, all_eight.unflatten(0, (8, -1))[button])
         shown = window.picture()
         assert (shown[:512:8, 8:520:8] == promised * 255).all()         # enlarged 8 times
         for a in range(8):
