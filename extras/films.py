@@ -5,11 +5,12 @@ import contextlib
 import functools
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from extras.files import warn
+from extras.files import Progress, warn
 
 
 @functools.cache
@@ -90,6 +91,7 @@ def look_over(path, container, stream, decoded_frames):
     opened. Returns clear_ground() and alternation() of them, each told if it is not None."""
     import av
     runs, begin, whole = [], container.start_time or 0, container.duration or 0
+    progress = Progress(f"{Path(path).name}: a first look", PLACES)
     for i in range(PLACES):
         with contextlib.suppress(av.error.FFmpegError):     # what cannot seek is read on from here
             container.seek(begin + whole * i // PLACES)
@@ -97,6 +99,8 @@ def look_over(path, container, stream, decoded_frames):
         frames = itertools.islice(decoded_frames(container, stream, Counter()), 20 * i, 20 * i + 4)
         run = [sample(frame) for frame in frames]
         runs += [run + run[-1:] * (4 - len(run))] * bool(run)
+        progress.update(i + 1)
+    progress.close()
     if not runs:
         return None, None
     ground, merge = clear_ground(runs), None
