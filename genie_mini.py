@@ -1024,8 +1024,10 @@ def world_noise(genie, frames, quiet, generator):
     return shifts, torch.where(take, other, own), luck, masked
 
 
-def world_losses(genie, frames, tokens, shifts, source, luck, masked):
+def world_losses(genie, frames, shifts, source, luck, masked):
     """Stage 2: the LAM redraws the next frame, the dynamics model fills in masked tokens."""
+    with torch.no_grad():                                               # the tokenizer is frozen
+        tokens = genie.tokenizer.encode(frames)[1]                      # (B, T, N)
     logits, actions, chosen, commitment = genie.lam(frames, shifts)
     pixel = F.binary_cross_entropy_with_logits(logits, frames[:, 1:].float())
     # Stop-gradient: the dynamics takes the actions as they are, each from its source. Of waiting
@@ -1059,7 +1061,6 @@ class Trainer:
         self.device = pick_device(config.device)
         self.train_set, self.val_set = Sequences(data, "train"), Sequences(data, "val")
         self.quiet = quiet_level(self.train_set)
-        self.encoded_at_once = 32 if self.device.type == "cuda" else 1  # a CPU gains nothing by it
         with torch.random.fork_rng(devices=[]):          # torch.nn draws from the global generator:
             torch.manual_seed(config.seed)               # lend it our seed, then put it back
             self.genie = Genie(config).to(self.device)
@@ -1079,29 +1080,11 @@ class Trainer:
         self.optimizer = groups and Muon(                # AdamW, but Muon for these matrices
             groups, matrices, fused=True, betas=(0.9, self.c.beta2), weight_decay=1e-4)
         self.losses = (tokenizer_losses, world_losses, None)[stage]
-        count, tokens = len(self.train_set), genie.dynamics.tokens_per_frame
-        self.tokens = torch.zeros(count, CLIP, tokens, dtype=torch.uint8)   # see tokens_of
-        self.encoded = torch.zeros(count, dtype=torch.bool)
         if self.models:
             self.micro = self.c.micro_batch
             if self.micro == 0:                          # auto
                 from extras.bench import fitting_micro_batch
                 self.micro = fitting_micro_batch(self)
-
-    @torch.no_grad()
-    def tokens_of(self, picks):
-        """The tokens of these training sequences, (B, 16, N) uint8: frozen, so computed only once.
-
-        Each frame's tokens have seen the frames before it in its sequence, as in evaluation. A
-        sequence is encoded with the same neighbours in whatever batch it is drawn.
-        """
-        size = self.encoded_at_once
-        for i in {pick - pick % size for pick in picks if not self.encoded[pick]}:
-            x = self.train_set.frames(slice(i, i + size)).to(self.device)   # (size, 16, 64, 64)
-            with autocast(self.c.precision, self.device):
-                self.tokens[i:i + size] = self.genie.tokenizer.encode(x)[1]
-            self.encoded[i:i + size] = True
-        return self.tokens[picks]
 
     def run(self):
         """Train from wherever the run stands to its end. Returns False if asked to stop."""
@@ -1152,8 +1135,7 @@ class Trainer:
         inputs = [frames[mine]]
         if self.stage == 1:
             noise = world_noise(self.genie, frames, self.quiet, generator)
-            tokens = self.tokens_of(picks[mine])[:, first:first + length]       # (B, T, N)
-            inputs += [tokens.long(), *(whole[mine] for whole in noise)]
+            inputs += [whole[mine] for whole in noise]
         return list(zip(*(t.split(self.micro) for t in inputs)))
 
     def forward(self, part):

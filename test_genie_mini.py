@@ -151,9 +151,6 @@ class OneBatch:
 def overfit(trainer, frames, steps):
     """Train on one batch. Returns the numbers of the last step."""
     trainer.train_set = OneBatch(frames)
-    if trainer.stage == 1:
-        trainer.tokens = trainer.genie.tokenizer.encode(frames)[1].byte()
-        trainer.encoded = torch.ones(len(frames), dtype=torch.bool)
     for trainer.step in range(steps):
         numbers = trainer.optimizer_step()
     trainer.genie.eval()
@@ -1009,16 +1006,17 @@ def test_losses_by_hand(gm=genie_mini):
     for part in (genie.tokenizer, genie.lam):
         nn.init.zeros_(part.to_pixels.weight)
         nn.init.constant_(part.to_pixels.bias, math.log(3))
-    tokens = genie.tokenizer.encode(frames)[1]
     noise = gm.world_noise(genie, frames, 0, gm.seeded(0))
     for result, white in ((gm.tokenizer_losses(genie, frames), frames),
-                          (gm.world_losses(genie, frames, tokens, *noise), frames[:, 1:])):
+                          (gm.world_losses(genie, frames, *noise), frames[:, 1:])):
         loss, numbers, _ = result
         share = white.float().mean().item()
         expected = -share * math.log(3 / 4) - (1 - share) * math.log(1 / 4)
         assert numbers["pixel_loss"].item() == pytest.approx(expected, rel=1e-5)
         assert numbers["commitment"] > 0
         assert loss.item() == pytest.approx(sum(numbers.values()).item())
+    tokens, actions = genie.tokenizer.encode(frames)[1], genie.lam.encode(frames, noise[0])[0]
+    assert numbers["dynamics_loss"] == genie.dynamics.loss(tokens, actions, noise[-1])
 
 
 def test_optimizer_is_the_one_asked_for(demo_file, tmp_path, gm=genie_mini):
@@ -1090,7 +1088,6 @@ def test_action_noise(noise, gm=genie_mini):
     genie.dynamics.loss = lambda tokens, actions, *rest: given.append(actions) or loss(
         tokens, actions, *rest)
     frames = random_frames(400, 3)[:, [0, 0, 1, 1, 1, 1, 2]]            # steps 0, 2, 3, 4 are quiet
-    tokens = genie.tokenizer.encode(frames)[1]
     shifts, source, luck, masked = gm.world_noise(genie, frames, 0, gm.seeded(0))
     assert source.shape == (400, 6) and (source[:, [1, 5]] == torch.tensor([1, 5])).all()
     for step, share in ((0, noise), (2, noise), (3, noise / 2), (4, noise / 2)):
@@ -1102,7 +1099,7 @@ def test_action_noise(noise, gm=genie_mini):
         inferred = genie.lam.encode(frames, shifts)[0]                  # (400, 6, L)
         for count in (torch.ones(8), torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])):
             genie.lam.quantizer.ema_count[:] = count
-            gm.world_losses(genie, frames, tokens, shifts, source, luck, masked)
+            gm.world_losses(genie, frames, shifts, source, luck, masked)
     for clip in range(400):
         own = source[clip] < 6
         assert close(given[0][clip][own], inferred[clip][source[clip][own]])
@@ -1117,28 +1114,6 @@ def test_action_noise(noise, gm=genie_mini):
     genie.lam.quantizer.started.fill_(False)
     source = gm.world_noise(genie, frames, 0, gm.seeded(0))[1]
     assert (source == torch.arange(6)).all(), "before the codebook starts there are no codes"
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_tokens_are_computed_once(at_once, demo_file, tmp_path, gm=genie_mini):
-    """Failing means that stage 2 learns from tokens that are not those of its frames, or encodes
-    sequences again, or ones that it never draws: `full` then does nothing else for an hour."""
-    trainer, given, encoded = tiny_trainer(gm, demo_file, tmp_path, stage=1, dyn_frames=3), [], []
-    trainer.genie.tokenizer.quantizer.codebook.normal_(generator=gm.seeded(1))
-    loss, encode = trainer.genie.dynamics.loss, trainer.genie.tokenizer.encode
-    trainer.genie.dynamics.loss = lambda tokens, *rest: given.append(tokens) or loss(tokens, *rest)
-    trainer.genie.tokenizer.encode = lambda x: encoded.append(len(x)) or encode(x)
-    trainer.step, trainer.encoded_at_once = 5, at_once
-    trainer.optimizer_step()
-    trainer.optimizer_step()
-    picks, first = trainer.train_set.draw(0, 1, 5, 8, 3)
-    blocks = {pick // at_once for pick in picks}
-    wanted = [i for i in range(len(trainer.train_set)) if i // at_once in blocks]
-    assert len(encoded) == len(blocks) and sum(encoded) == len(wanted)
-    assert at_once > 1 or len(wanted) == len(set(picks)) < len(trainer.train_set)
-    whole = trainer.genie.tokenizer.encode(trainer.train_set.frames(picks))[1]
-    assert first > 0 and (given[0] == whole[:, first:first + 3]).all()
-    assert len(given[0].unique()) > 1
 
 
 def test_learning_rate(gm=genie_mini):
@@ -1196,10 +1171,8 @@ def test_gradients_stay_where_they_belong(gm=genie_mini):
     that gradient), or that the LAM's encoder learns nothing."""
     genie = tiny_genie(gm).train()
     frames = random_frames(2, 4)
-    with torch.no_grad():
-        tokens = genie.tokenizer.encode(frames)[1]
     noise = gm.world_noise(genie, frames, 0, gm.seeded(0))
-    numbers = gm.world_losses(genie, frames, tokens, *noise)[1]
+    numbers = gm.world_losses(genie, frames, *noise)[1]
     grads = torch.autograd.grad(numbers["dynamics_loss"], list(genie.lam.parameters()),
                                 allow_unused=True, retain_graph=True)
     assert all(grad is None for grad in grads), "stop-gradient"
@@ -1973,14 +1946,8 @@ BUGS = [
      test_action_noise, {"noise": 0.25}),
     ("action noise where much changes", "begins | still & held", "~still | begins",
      test_action_noise, {"noise": 0.25}),
-    ("tokens of the beginning of the sequence", "[:, first:first + length]       # (B, T, N)",
-     "[:, :length]", test_tokens_are_computed_once, {"at_once": 1}),
-    ("tokens of other sequences", "return self.tokens[picks]", "return self.tokens[:len(picks)]",
-     test_tokens_are_computed_once, {"at_once": 1}),
-    ("tokens encoded again in each step", "self.encoded[i:i + size] = True", "pass",
-     test_tokens_are_computed_once, {"at_once": 1}),
-    ("tokens of a neighbour", "self.tokens[i:i + size] =", "self.tokens[i:i + size] = 0 *",
-     test_tokens_are_computed_once, {"at_once": 4}),
+    ("tokens of other frames", "genie.tokenizer.encode(frames)[1] ",
+     "genie.tokenizer.encode(frames.roll(1, 1))[1] ", test_losses_by_hand, {}),
     ("gradients of micro-batches added up", "(loss * share).backward()", "loss.backward()",
      test_micro_batches_equal_one_big_batch, {"stage": 0}),
     ("micro-batches weigh the same whatever their size", "share = len(chosen) / c.batch",

@@ -26,8 +26,6 @@ def test_a_training_step_never_waits_for_the_gpu(stage, demo_file, tmp_path, gpu
     """
     trainer = tiny_trainer(gm, demo_file, tmp_path, stage, device="cuda", precision="bfloat16",
                            action_noise=0.8, batch=4, micro_batch=2)
-    trainer.tokens_of(range(8))
-    trainer.encoded[:] = True                            # which waits, once for each sequence
     for trainer.step in range(3):                        # the codebook starts
         numbers = trainer.optimizer_step()
     assert numbers["codes_used"] > 0 and gpu.waits
