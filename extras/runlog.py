@@ -58,8 +58,8 @@ def troubles(result, stage, progress):
                " starts (--lam_steps, --lam_unquantized), or lower --lr")
     if result["wrong_pixels"] > 0.95 * result["copy_wrong_pixels"]:
         yield (f"THE LAM IS NO BETTER THAN COPYING: {result['wrong_pixels']:.1f} wrong pixels"
-               f" against {result['copy_wrong_pixels']:.1f}. If it lasts, train longer, or raise"
-               " --lr")
+               f" against {result['copy_wrong_pixels']:.1f}. If it lasts, train longer, raise --lr,"
+               " or bring more video: a minute of it is learned by heart")
     if progress >= 0.1 and result["action_ratio"] < 1.1:
         yield (f"THE BUTTONS DO NOTHING: with another clip's actions the dynamics loses"
                f" {result['action_ratio']:.2f} times as much. If it lasts, the codes name no"
