@@ -464,6 +464,17 @@ def test_what_is_missing_is_told(tmp_path, capsys):
         assert told in warnings and ("warning" in warnings) == (told != "")
 
 
+def test_a_long_film_shows_its_progress(tmp_path, monkeypatch):
+    """Failing means that for many seconds of a large film nobody can tell that anything happens."""
+    video, shown = numbered_video(tmp_path / "v.mp4", steady(30, 6)), {}
+    monkeypatch.setattr(files.Progress, "update", lambda progress, done: shown.setdefault(
+        progress.label, []).append(done / progress.total))
+    convert(video)
+    assert list(shown) == ["v.mp4: a first look", "v.mp4"]
+    for shares in shown.values():
+        assert len(shares) > 10 and shares == sorted(shares) and shares[-1] == pytest.approx(1)
+
+
 def test_the_moving_stream_is_taken(tmp_path, monkeypatch, capsys):
     """Failing means that of a film with a cover picture the cover is used, or a song's cover."""
     def write(name, *streams):                      # (side in pixels, frames, disposition)
@@ -1066,6 +1077,8 @@ DATA_BUGS = [
      test_what_is_drawn_on_every_other_frame_is_seen, {"rate": 30, "colour": 255, "parity": 1}),
     ("half a file passes for a whole one", "found < 0.98 * promised", "False",
      test_what_is_missing_is_told, {}),
+    ("a first look without a word", "progress.update(i + 1)", "pass",
+     test_a_long_film_shows_its_progress, {}),
     ("a gap is filled unsaid", "(lengths > WINDOW).any()", "False",
      test_what_is_missing_is_told, {}),
     ("the largest stream, even if still", "length(one) >= long, ", "",
