@@ -2,7 +2,7 @@
 
 How to run them, from the folder of this file; all are offline, on the CPU, and the same each time:
 
-    python -m pytest -q                                    everything, three minutes
+    python -m pytest -q                                    everything, some six minutes
     python -m pytest -q test_genie_mini.py                 the models and their training
     python -m pytest -q -k leak                            only the tests whose name has "leak"
     python -m pytest -q -m attention                       only those that grade one part: patchify,
